@@ -1,0 +1,163 @@
+"""Stage 2, Distribution Backtracking (Algorithm 2): distil the student while the target walks back
+along the recorded path, from the node before the last to the teacher."""
+
+import copy
+import dataclasses
+import functools
+import json
+import math
+import pickle
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import disback
+
+FLAGS = dict(
+    target=dict(choices=("path", "teacher"), default="path",
+                help="what draws the student: the path, or the teacher alone: plain VSD"),
+    fake_init=dict(choices=("degraded", "teacher"),
+                   help="where the fake starts (default: degraded on a path, else teacher)"),
+    path=dict(type=Path, metavar="DIR", help="folder of the path (default: OUT/path)"),
+    resume=dict(action="store_true", help="continue the run in OUT from its last checkpoint"),
+    compare=dict(type=Path, metavar="DIR", help="a finished run to draw beside this one"))
+
+
+def main(argv: list[str]) -> None:
+    args, problem = disback.start("backtrack", __doc__, argv, **FLAGS)
+    config, batch, steps = problem.config, problem.config.batch, problem.config.backtrack_steps
+    fake_init = args.fake_init or ("degraded" if args.target == "path" else "teacher")
+    path = None
+    if args.target == "path" or fake_init == "degraded":
+        path = disback.Path(args.path or args.out / "path", problem.about)
+
+    # Three networks: the student, the fake, and the target, which is the teacher in whose place
+    # the walk puts the nodes. Only the target walks: the fake starts at the last node and learns.
+    student, target = problem.student, problem.teacher
+    fake = copy.deepcopy(problem.teacher)
+    if fake_init == "degraded":
+        path.load(len(path) - 1, fake)
+    walk = disback.Walk(path if args.target == "path" else None, target, config.interval,
+                        config.switch == "adaptive")
+    guided_target = functools.partial(problem.guide, target)
+    ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    optimizer_student = disback.optimizer(student, config)
+    optimizer_fake = disback.optimizer(fake, config)
+    parts = dict(student=student, fake=fake, ema=ema,
+                 optimizer_student=optimizer_student, optimizer_fake=optimizer_fake)
+
+    snapshot_inputs = problem.sample_inputs(problem.snapshot)
+    settings = problem.about | dataclasses.asdict(config)
+    settings |= {"target": args.target, "fake_init": fake_init}
+    done, seconds = load_state(args.out, parts, walk, settings) if args.resume else (0, 0.0)
+    if not args.resume:
+        disback.claim(args, "backtrack", disback.RESULTS, settings)
+
+    # In forwards of the network, an update of the student costs 5: its own forward, the backward's
+    # 2, fake and target; one of the fake 3. The first takes the student's sample, others draw one.
+    k = config.fake_updates
+    evals_a_step = batch * (4 + problem.guide_evals + 3 * k + (k - 1))
+
+    def snapshot(step):
+        with torch.no_grad():
+            x0 = problem.generate(ema.module, *snapshot_inputs)
+        disback.save_tensors(args.out / "snapshots" / f"{step:07d}.safetensors",
+                             {"x0": x0, "node": torch.tensor(walk.node)})
+
+    if not args.resume:
+        snapshot(0)
+    began, totals, since = time.perf_counter() - seconds, 0.0, done
+    for step in (progress := tqdm(range(done + 1, steps + 1), "backtrack", steps, initial=done)):
+        decay = (1 + math.cos(math.pi * (step - 1) / steps)) / 2 if config.decay == "cosine" else 1
+        z, cond = problem.sample_inputs(batch)
+        x0 = problem.generate(student, z, cond)
+        sigma = problem.sample_sigma_vsd(batch)
+        loss, mismatch = disback.vsd_loss(
+            x0, sigma, fake, guided_target, cond, config.weighting)  # Eq. 8
+        disback.update(optimizer_student, loss, config.lr_student * decay)
+        ema.update_parameters(student)
+
+        for i in range(k):
+            if i > 0:
+                z, cond = problem.sample_inputs(batch)
+                with torch.no_grad():
+                    x0 = problem.generate(student, z, cond)
+            sigma = problem.sample_sigma(batch)
+            loss_fake = disback.score_matching_loss(
+                fake, x0.detach(), sigma, cond, problem.score_weight(sigma))  # Eq. 5
+            disback.update(optimizer_fake, loss_fake, config.lr_fake * decay)
+
+        totals = totals + torch.stack([loss_fake.detach(), mismatch])
+        save = step % config.save_every == 0 or step == steps
+        if save or step % config.log_every == 0:
+            mean_fake, mean_mismatch = (totals / (step - since)).tolist()
+            totals, since = 0.0, step
+            disback.log(args.out / "log.jsonl", step, walk.node, loss_fake=mean_fake,
+                        mismatch=mean_mismatch, network_evals=evals_a_step * step,
+                        seconds=time.perf_counter() - began, **problem.evaluate(ema.module))
+            progress.set_postfix(node=walk.node, mismatch=f"{mean_mismatch:.3g}")
+        if walk.step(mismatch) or save:
+            snapshot(step)
+        if save:
+            save_state(args.out, parts, walk, settings, step, time.perf_counter() - began)
+
+    disback.save_tensors(args.out / "student.safetensors", ema.module.state_dict())
+    stage1, stage2 = path.about["network_evals"] if path else 0, evals_a_step * steps
+    disback.save_json(args.out / "metrics.json", {
+        **problem.about, "method": "disback" if args.target == "path" else "vsd",
+        "fake_init": fake_init, "node": walk.node, "steps": steps,
+        "seconds": time.perf_counter() - began,
+        "network_evals": {"stage1": stage1, "stage2": stage2, "total": stage1 + stage2},
+        "peak_memory_bytes": peak_memory(), **problem.evaluate(ema.module)})
+    problem.draw(args.out, path, args.compare)
+
+
+def peak_memory() -> int:
+    """Bytes: the most allocated on the GPU, else the most resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def save_state(out: Path, parts: dict, walk: disback.Walk, settings: dict, step: int,
+               seconds: float) -> None:
+    """Write all that a resumed run needs; what is not finite never replaces what was good."""
+    for name in ("student", "fake"):
+        if not all(p.isfinite().all() for p in parts[name].parameters()):
+            raise disback.Refusal(f"a weight of the {name} is not finite at step {step}: try lower "
+                                  f"learning rates; {out / 'state.pt'} is kept as it was")
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"step": step, "seconds": seconds, "settings": settings,
+              "walk": (walk.node, walk.age, walk.mismatch),
+              "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
+    disback.atomically(out / "state.pt", lambda file: torch.save(state, file))
+
+
+def load_state(out: Path, parts: dict, walk: disback.Walk, settings: dict) -> tuple[int, float]:
+    """Go back to the checkpoint, and log.jsonl with it; returns its step and the seconds spent."""
+    try:
+        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise disback.Refusal(f"{out / 'state.pt'} cannot be resumed: {error}") from error
+    disback.must_agree(out / "state.pt", state["settings"], settings)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    walk.node, walk.age, walk.mismatch = state["walk"]
+    if walk.path:
+        walk.path.load(walk.node, walk.target)
+    torch.set_rng_state(state["random"][0])
+    torch.cuda.set_rng_state_all(state["random"][1:])
+    with open(out / "log.jsonl") as lines:
+        kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+    disback.atomically(out / "log.jsonl", lambda file: file.write_text("".join(kept)))
+    return state["step"], state["seconds"]
+
+
+if __name__ == "__main__":
+    disback.run(main)

@@ -1,0 +1,385 @@
+"""DisBack: Distribution Backtracking Distillation (Zhang et al., ICLR 2025, arXiv 2408.15991).
+
+The method comes first, the plumbing that both stages need after it. One convention everywhere:
+x = x0 + sigma * eps, and every score network is a denoiser D(x, sigma, cond) -> x0, whose score
+is (D(x, sigma, cond) - x) / sigma**2.
+
+| paper                               | here                           | where          |
+|-------------------------------------|--------------------------------|----------------|
+| s_theta, the pre-trained score      | teacher                        | Problem        |
+| s'_theta_i, a node of the path      | node i; node 0 is the teacher  | Recorder, Path |
+| G_stu and its initial G^0_stu       | student                        | Problem        |
+| s_phi, the score of G_stu's samples | fake                           | backtrack.py   |
+| the score that G_stu is drawn to    | target                         | Walk           |
+| Eq. 5 (fake), Eq. 7 (degradation)   | score_matching_loss            | both stages    |
+| Eq. 8, the gradient of the KL       | vsd_gradient, vsd_loss         | backtrack.py   |
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path as File
+from typing import Any, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+# ------------------------------------------------------------------------------ the method
+
+
+def score_matching_loss(net: Callable, x0: Tensor, sigma: Tensor, cond: Any = None,
+                        weight: Tensor | float = 1.0) -> Tensor:
+    """Denoising score matching, Eq. 5 and Eq. 7: the mean of weight * |D(x, sigma) - x0|^2.
+
+    The two are one function: fake and degrading teacher are trained alike, on the student's
+    samples x0 [n, ...], and differ in where they start. sigma > 0 and weight broadcast against x0.
+    """
+    assert not x0.requires_grad
+    x = x0 + sigma * torch.randn_like(x0)
+    return (weight * (net(x, sigma, cond) - x0) ** 2).mean()
+
+
+def vsd_gradient(x0: Tensor, sigma: Tensor, d_fake: Tensor, d_target: Tensor,
+                 weighting: str) -> Tensor:
+    """Eq. 8's w(sigma) * (s_fake - s_target), the gradient with respect to x0 [n, ...].
+
+    At one x the scores differ by (D_fake - D_target) / sigma^2, so that w = 1 is "score", sigma
+    "eps", sigma^2 "x0" (Diff-Instruct) and sigma^2 / mean|x0 - D_target| "dmd" (DMD2).
+    """
+    difference = d_fake - d_target
+    if weighting == "dmd":
+        return difference / (x0 - d_target).abs().mean(dim=tuple(range(1, x0.dim())), keepdim=True)
+    return difference / sigma ** {"score": 2, "eps": 1, "x0": 0}[weighting]
+
+
+def vsd_loss(x0: Tensor, sigma: Tensor, fake: Callable, target: Callable, cond: Any,
+             weighting: str) -> tuple[Tensor, Tensor]:
+    """A loss whose gradient with respect to x0 = G(z) is vsd_gradient / x0.numel() (Eq. 8), and
+    the mismatch degree. Neither fake nor target gets a gradient: Eq. 8 has no such term."""
+    with torch.no_grad():
+        x = x0 + sigma * torch.randn_like(x0)
+        d_fake, d_target = fake(x, sigma, cond), target(x, sigma, cond)
+        gradient = vsd_gradient(x0, sigma, d_fake, d_target, weighting)
+    return (gradient * x0).mean(), distance(d_fake, d_target, sigma)
+
+
+def distance(d_a: Tensor, d_b: Tensor, sigma: Tensor) -> Tensor:
+    """Mean |D_a - D_b| / (sigma + 0.5), how far two denoisers are apart on the same samples; the
+    divisor (0.5 as EDM's sigma_data) lets every noise level count. Between the fake and the target
+    on the student's noised samples this is the mismatch degree."""
+    return ((d_a - d_b).abs() / (sigma + 0.5)).mean()
+
+
+class Recorder:
+    """Degradation Recording: writes nodes of a model while it is trained (Algorithm 1).
+
+    Node 0 is the teacher as given, node N the model after the last step; between them "linear" and
+    "log" space the nodes in steps, "arc" equally in distance() from the teacher on `probe` = (x,
+    sigma, cond), noised samples of the student. How far that goes is known only at the end, so
+    "arc" looks at 4N log-spaced steps and of more than 2N candidates drops the most crowded.
+    No second model is ever in memory, at most 2N + 1 are on disk; `evals` counts the forwards.
+    """
+
+    def __init__(self, folder: str | File, teacher: nn.Module, nodes: int, steps: int,
+                 probe: tuple[Tensor, Tensor, Any], spacing: str = "arc"):
+        self.folder, self.nodes, self.probe, self.evals = File(folder), nodes, probe, 0
+        looks = min(4 * nodes, steps) if spacing == "arc" else nodes
+        self.looks = {0, *node_steps(spacing, looks, steps)}
+        self.kept: list[tuple[float, int, File]] = []  # position, step and file of a candidate
+        self.offer(teacher, 0)
+
+    @torch.no_grad()
+    def offer(self, net: nn.Module, step: int) -> None:
+        """Call after every step, counted from 1: writes a copy of `net` where one is due."""
+        if step not in self.looks:
+            return
+        answer = net(*self.probe)
+        self.evals += len(answer)
+        self.d_teacher = answer if step == 0 else self.d_teacher
+        position = distance(answer, self.d_teacher, self.probe[1]).item()
+        file = self.folder / f"step-{step}.safetensors"
+        save_tensors(file, net.state_dict())
+        self.kept.append((position, step, file))
+        self._thin(2 * self.nodes)
+
+    def close(self, **about: Any) -> "Path":
+        """Thin to N + 1 nodes, number them, write path.json with `about` as well, and open it."""
+        self._thin(self.nodes + 1)
+        positions, steps, candidates = zip(*self.kept)
+        files = [self.folder / f"{node:02d}.safetensors" for node in range(len(candidates))]
+        for candidate, file in zip(candidates, files):
+            os.replace(candidate, file)
+        nodes = {"steps": steps, "positions": positions, "sha256": [sha256(f) for f in files]}
+        save_json(self.folder / "path.json", about | nodes)
+        return Path(self.folder)
+
+    def _thin(self, most: int) -> None:
+        while len(self.kept) > most:
+            at = [position for position, _, _ in self.kept]
+            crowded = min(range(1, len(at) - 1), key=lambda i: at[i + 1] - at[i - 1])
+            self.kept.pop(crowded)[2].unlink()
+
+
+def node_steps(spacing: str, nodes: int, steps: int) -> list[int]:
+    """`nodes` distinct steps from 1 to `steps`, equally spaced in step or in log(step)."""
+    if not 1 <= nodes <= steps:
+        raise Refusal(f"--nodes must be at least 1 and at most --steps {steps}, not {nodes}")
+    if spacing == "linear":
+        return [round(steps * i / nodes) for i in range(1, nodes + 1)]
+    chosen = [0]
+    for i in range(1, nodes + 1):  # at least one further, and room for those that follow
+        step = max(chosen[-1] + 1, round(steps ** (i / nodes)))
+        chosen.append(min(step, steps - nodes + i))
+    return chosen[1:]
+
+
+class Path:
+    """A recorded path: node 0 is the teacher, the last node the most degraded. Refuses a path that
+    was recorded with another value of a field in `about`, or whose files are not as recorded."""
+
+    def __init__(self, folder: str | File, about: dict[str, Any] | None = None):
+        self.about = load_json(File(folder) / "path.json", "record a path with degrade.py first")
+        must_agree(folder, self.about, about or {})
+        hashes = self.about.get("sha256") or refuse(f"{folder}/path.json lists no nodes")
+        self.files = [File(folder) / f"{node:02d}.safetensors" for node in range(len(hashes))]
+        for file, expected in zip(self.files, hashes):
+            if not file.is_file() or sha256(file) != expected:
+                raise Refusal(f"{file} is not the node that was recorded: record the path again")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def load(self, node: int, net: nn.Module) -> None:
+        """Copy a node's weights into `net` in place, tensor by tensor: exactly, or Refusal."""
+        load_net(self.files[node], net)
+
+
+class Walk:
+    """The scheduler of Algorithm 2: the target visits nodes N-1, ..., 1, 0 and then stays at 0.
+
+    `target` holds the teacher's weights; a switch copies a node's over them. Without a path, or
+    with the teacher alone on it, this is plain VSD. A node lasts `interval` iterations; where
+    `adaptive`, as many intervals, at most 10, as it takes for the mean mismatch degree of one to
+    fall to the mean distance between neighbouring nodes: then the fake has caught up.
+    """
+
+    def __init__(self, path: Path | None, target: nn.Module, interval: int, adaptive: bool = False):
+        self.path, self.target, self.interval, self.adaptive = path, target, interval, adaptive
+        self.node, self.age, self.mismatch = max(len(path) - 2, 0) if path else 0, 0, 0.0
+        if path:
+            path.load(self.node, target)
+
+    def step(self, mismatch: Tensor | float = 0.0) -> bool:
+        """Call after every iteration with its mismatch degree; True where the target switched."""
+        if self.node == 0:
+            return False
+        self.age, self.mismatch = self.age + 1, self.mismatch + mismatch
+        if self.age % self.interval:
+            return False
+        mean, self.mismatch = self.mismatch / self.interval, 0.0
+        caught_up = self.path.about["positions"][-1] / (len(self.path) - 1)
+        if self.adaptive and self.age < 10 * self.interval and mean > caught_up:
+            return False
+        self.node, self.age = self.node - 1, 0
+        self.path.load(self.node, self.target)
+        return True
+
+
+# ------------------------------------------------------------------------------ the plumbing
+
+
+class Refusal(ValueError):
+    """A mistake of the user's: one line with cause and remedy, exit status 2, no traceback."""
+
+
+@dataclasses.dataclass
+class Problem:
+    """All that a stage asks of a problem. cond is whatever its networks take; sigma comes in a
+    shape that broadcasts against x [n, ...]."""
+
+    config: Any  # a frozen dataclass of numbers and choices
+    about: dict  # what a path and the run that walks it must share
+    teacher: nn.Module  # D(x, sigma, cond) -> x0
+    student: nn.Module  # the generator's network at its initial state
+    generate: Callable  # (student, z, cond) -> x0, in one step
+    sample_inputs: Callable  # n -> (z, cond)
+    sample_sigma: Callable  # n -> sigma for score matching
+    sample_sigma_vsd: Callable  # n -> sigma for the student's update
+    score_weight: Callable  # sigma -> weight of the score-matching loss
+    evaluate: Callable  # student -> {name: number}, leaving torch's random state alone
+    draw: Callable  # (run folder, path or None, another run's folder or None): the figures
+    snapshot: int  # samples, from one z, that are kept at every checkpoint and switch
+    guide: Callable = lambda net, x, sigma, cond: net(x, sigma, cond)  # guidance of the target
+    guide_evals: int = 1  # forwards of the network in a call of guide
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Run a stage; a Refusal or a failing disk ends it with one line and status 2."""
+    try:
+        main(sys.argv[1:])
+    except (Refusal, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def start(stage: str, doc: str, argv: list[str], **flags: dict) -> tuple[Any, Problem]:
+    """Read the command line and make the problem that it names; `flags` are the stage's own."""
+    problems = sorted(file.parent.name for file in File(__file__).parent.glob("*/problem.py"))
+    parser = argparse.ArgumentParser(f"{stage}.py", description=doc, allow_abbrev=False,
+                                     epilog="PROBLEM --help lists the problem's flags as well.")
+    parser.error = refuse
+    parser.add_argument("problem", choices=problems, metavar="PROBLEM", help=" | ".join(problems))
+    parser.add_argument("--out", type=File, help="run folder (default: runs/PROBLEM)")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    for name, keywords in flags.items():
+        parser.add_argument("--" + name.replace("_", "-"), **keywords)
+    name = next((word for word in argv if word in problems), None)
+    if name:
+        module = importlib.import_module(f"{name}.problem")
+        add_fields(parser, stage, module.PRESETS)
+        parser.set_defaults(out=File("runs", name))
+    args = parser.parse_args(argv)
+    changes = {key[7:]: value for key, value in vars(args).items() if key.startswith("config.")}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    problem = module.make(args.preset, args.seed, device, **changes)
+    torch.manual_seed(args.seed)  # again: making it may have trained a teacher, or found one
+    return args, problem
+
+
+def refuse(message: str) -> None:
+    raise Refusal(f"{message} (--help lists what there is)")
+
+
+def add_fields(parser: argparse.ArgumentParser, stage: str, presets: dict[str, Any]) -> None:
+    """The presets, and a flag for each field of the config, explained by the comment beside it."""
+    preset, config = next(iter(presets.items()))
+    group = parser.add_argument_group("the problem's flags", f"in brackets: preset {preset}")
+    group.add_argument("--preset", default=preset, choices=presets, help="values of these flags")
+    for field in dataclasses.fields(config):
+        if {"degrade_steps": "backtrack", "backtrack_steps": "degrade"}.get(field.name) == stage:
+            continue
+        comment = re.search(rf"\n    {field.name}: .*?  # (.*)", inspect.getsource(type(config)))[1]
+        flag = re.sub("^(degrade|backtrack)_", "", field.name).replace("_", "-")
+        group.add_argument(f"--{flag}", dest=f"config.{field.name}",
+                           metavar="|".join(get_args(field.type)),
+                           type=field.type if field.type in (int, float) else str,
+                           default=argparse.SUPPRESS,
+                           help=f"{comment} ({getattr(config, field.name)})")
+
+
+def check_config(config: Any) -> None:
+    """Refuse a choice that the field's Literal does not name, and a number that is not above 0 (or
+    0, where that is the default) and finite, or, of a rate of decay, below 1."""
+    for field in dataclasses.fields(config):
+        value, choices = getattr(config, field.name), get_args(field.type)
+        most = 1 if field.name in ("beta1", "beta2", "ema") else math.inf
+        if choices and value not in choices:
+            raise Refusal(f"{field.name} must be one of {', '.join(choices)}, not {value!r}")
+        if not choices and not (0 < value < most or value == field.default == 0):
+            raise Refusal(f"{field.name} must be above 0 and below {most}, not {value}")
+
+
+def must_agree(what: File, then: dict, now: dict) -> None:
+    """Refuse to go on with what was made by other flags; the first that differs is named."""
+    for name, value in now.items():
+        if then.get(name) != value:
+            raise Refusal(f"{what} was made with {name} {then.get(name)}, not {value}: give the "
+                          "same problem, preset, seed and flags again")
+
+
+RESULTS = ("student.safetensors", "state.pt", "log.jsonl", "metrics.json", "snapshots", "figures")
+
+
+def claim(args: argparse.Namespace, stage: str, names: tuple[str, ...], settings: dict) -> None:
+    """Make a run folder that is without these files and folders, or refuse it; keep in config.json
+    all that is needed to run the stage again."""
+    taken = [args.out / name for name in names if (args.out / name).exists()]
+    if taken and not args.overwrite:
+        raise Refusal(f"{taken[0]} exists: name another --out, or replace the run by --overwrite")
+    for old in taken:
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    file = args.out / "config.json"
+    stages = load_json(file, "remove it") if file.exists() else {}
+    stages[stage] = {"problem": args.problem, "preset": args.preset, "seed": args.seed, **settings,
+                     "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
+    save_json(file, stages)
+
+
+def log(file: File, step: int, node: Any, **numbers: float) -> None:
+    """Add a line to log.jsonl, or refuse to go on where a number is not finite."""
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise Refusal(f"{name} is {number} at step {step}, node {node}; what was saved before "
+                          f"is kept in {file.parent}: try lower learning rates")
+    with open(file, "a") as handle:
+        handle.write(json.dumps({"step": step, "node": node, **numbers}) + "\n")
+
+
+def optimizer(net: nn.Module, config: Any) -> torch.optim.Optimizer:
+    """AdamW; with config.weight_decay = 0 it is Adam."""
+    return torch.optim.AdamW(net.parameters(), betas=(config.beta1, config.beta2),
+                             weight_decay=config.weight_decay, fused=True)
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
+    """One step of the optimizer down the loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def atomically(file: File, write: Callable[[File], Any]) -> None:
+    """Write beside `file`, then rename: whatever happens, `file` is whole, the old or the new."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(beside)
+        with open(beside, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(beside, file)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise Refusal(f"cannot write {file}; what it held is kept ({error})") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_tensors(file: File, tensors: dict[str, Tensor]) -> None:
+    atomically(file, lambda f: save_file({k: t.contiguous() for k, t in tensors.items()}, f))
+
+
+def load_net(file: File, net: nn.Module) -> None:
+    """Copy the weights in `file` over those of `net`, in place: all and only those, or Refusal."""
+    try:
+        net.load_state_dict(load_file(file), strict=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise Refusal(f"{file} does not hold this network, make it again: {error}") from error
+
+
+def save_json(file: File, value: Any) -> None:
+    atomically(file, lambda f: f.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def load_json(file: File, remedy: str) -> dict:
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise Refusal(f"{file} cannot be read: {remedy} ({error})") from error
+
+
+def sha256(file: File) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,58 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # tiny networks: threads cost more than they give
+
+# A toy that both stages finish in a second; the flags of either stage.
+SMALL = ["--width", "16", "--depth", "1", "--teacher-steps", "60", "--teacher-batch", "64"]
+DEGRADE = [*SMALL, "--batch", "64", "--steps", "20", "--nodes", "4", "--log-every", "10"]
+BACKTRACK = [*SMALL, "--batch", "64", "--steps", "20", "--interval", "2", "--log-every", "10",
+             "--save-every", "8"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """One cache of teachers for all tests, and none of the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISBACK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory):
+    """A finished stage 1 of the small toy; copy it before writing to it."""
+    import degrade
+
+    out = tmp_path_factory.mktemp("recorded")
+    degrade.main(["toy2d", "--out", str(out), *DEGRADE])
+    return out
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    from toy2d import figures
+
+    monkeypatch.setattr(figures, "draw", lambda *args: None)
+
+
+class Gaussian(torch.nn.Module):
+    """The exact denoiser of N(mean, std^2), per coordinate; its parameters take gradients."""
+
+    def __init__(self, mean: float, std: float):
+        super().__init__()
+        self.mean = torch.nn.Parameter(torch.tensor(mean, dtype=torch.float64))
+        self.std = torch.nn.Parameter(torch.tensor(std, dtype=torch.float64))
+
+    def forward(self, x, sigma, cond=None):
+        variance = self.std**2
+        return (variance * x + sigma**2 * self.mean) / (variance + sigma**2)
+
+
+@pytest.fixture
+def gaussian():
+    return Gaussian

@@ -1,0 +1,134 @@
+"""The method's formulas against closed forms of Gaussians."""
+
+import copy
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+import disback
+
+WEIGHTS = {  # w(sigma) of Eq. 8; "dmd" depends on the sample as well
+    "score": lambda sigma, x0, d_target: torch.ones_like(sigma),
+    "eps": lambda sigma, x0, d_target: sigma,
+    "x0": lambda sigma, x0, d_target: sigma**2,
+    "dmd": lambda sigma, x0, d_target: sigma**2 / (x0 - d_target).abs().mean(1, keepdim=True),
+}
+
+
+def double(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTS)
+def test_vsd_gradient_is_the_weighted_difference_of_the_two_gaussian_scores(gaussian, weighting):
+    torch.manual_seed(0)
+    fake, target = gaussian(1.0, 0.5), gaussian(-2.0, 1.5)
+    x0, sigma = double(7, 3), torch.logspace(-1, 1, 7, dtype=torch.float64)[:, None]
+    x = x0 + sigma * double(7, 3)
+    s_fake, s_target = (1.0 - x) / (0.25 + sigma**2), (-2.0 - x) / (2.25 + sigma**2)
+    d_target = target(x, sigma)
+    weight = WEIGHTS[weighting](sigma, x0, d_target)
+    found = disback.vsd_gradient(x0, sigma, fake(x, sigma), d_target, weighting)
+    torch.testing.assert_close(found, weight * (s_fake - s_target), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("weighting", ["score", "eps", "x0"])
+def test_vsd_loss_has_the_gradient_of_the_kl_divergence_between_noised_gaussians(
+        gaussian, weighting):
+    """G(z) = a + b z against N(-0.5, 1.2^2): Eq. 8 is w(sigma) times the gradient of the KL."""
+    torch.manual_seed(0)
+    a = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    b = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    n, sigma = 400_000, torch.tensor([[0.8]], dtype=torch.float64)
+    loss, _ = disback.vsd_loss(a + b * double(n, 1), sigma, gaussian(1.0, 0.7),
+                               gaussian(-0.5, 1.2), None, weighting)
+    loss.backward()
+    student = Normal(a, (b**2 + sigma**2).sqrt())
+    target = Normal(-0.5, (1.2**2 + sigma**2).sqrt())
+    weight = WEIGHTS[weighting](sigma, None, None)
+    expected = torch.autograd.grad((weight * kl_divergence(student, target)).sum(), (a, b))
+    assert a.grad.item() == pytest.approx(expected[0].item(), rel=0.02)
+    assert b.grad.item() == pytest.approx(expected[1].item(), rel=0.02)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTS)
+def test_vsd_over_all_sigma_moves_a_gaussian_student_onto_the_teacher(gaussian, weighting):
+    torch.manual_seed(0)
+    a, b = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (3.0, 0.3))
+    teacher, optimizer = gaussian(-1.0, 0.8), torch.optim.Adam([a, b], lr=0.02)
+    for _ in range(1500):
+        sigma = torch.logspace(-1, 1, 64, dtype=torch.float64).repeat(8)[:, None]
+        fake = gaussian(a.item(), b.item())  # always exact
+        loss, _ = disback.vsd_loss(a + b * double(512, 1), sigma, fake, teacher, None, weighting)
+        disback.update(optimizer, loss, 0.02)
+    assert a.item() == pytest.approx(-1.0, abs=0.1)
+    assert b.item() == pytest.approx(0.8, abs=0.1)
+
+
+def test_mismatch_degree_is_the_mean_distance_of_the_denoisers_over_sigma_plus_half(gaussian):
+    x0, sigma = double(5, 2), torch.full((5, 1), 1.5, dtype=torch.float64)
+    three, one = (lambda x, s, c: 3 * torch.ones_like(x)), (lambda x, s, c: torch.ones_like(x))
+    _, degree = disback.vsd_loss(x0, sigma, three, one, None, "x0")
+    assert degree.item() == pytest.approx(1.0)
+    _, zero = disback.vsd_loss(x0, sigma, one, one, None, "x0")
+    assert zero.item() == 0.0
+
+
+def test_no_gradient_of_the_students_loss_reaches_fake_or_target(gaussian):
+    fake, target = gaussian(1.0, 0.5), gaussian(0.0, 1.0)
+    x0 = double(8, 1).requires_grad_()
+    loss, _ = disback.vsd_loss(x0, torch.ones(8, 1), fake, target, None, "eps")
+    loss.backward()
+    assert x0.grad.abs().sum() > 0
+    assert all(p.grad is None for net in (fake, target) for p in net.parameters())
+
+
+def test_score_matching_of_a_linear_denoiser_finds_the_exact_one_of_a_gaussian():
+    """Data N(1.5, 0.6^2) at sigma 0.9: D(x) = (0.36 x + 0.81 * 1.5) / 1.17."""
+    torch.manual_seed(0)
+    line = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.Adam(line.parameters(), lr=0.02)
+    sigma = torch.full((4096, 1), 0.9)
+    for step in range(600):
+        x0 = 1.5 + 0.6 * torch.randn(4096, 1)
+        loss = disback.score_matching_loss(lambda x, s, c: line(x), x0, sigma)
+        disback.update(optimizer, loss, 0.02 * (1 - step / 600))
+    assert line.weight.item() == pytest.approx(0.36 / 1.17, abs=0.01)
+    assert line.bias.item() == pytest.approx(0.81 * 1.5 / 1.17, abs=0.01)
+
+
+def test_score_matching_loss_of_the_exact_denoiser_is_the_posterior_variance(gaussian):
+    torch.manual_seed(0)
+    sigma, weight = torch.full((200_000, 1), 0.5, dtype=torch.float64), 3.0
+    x0 = 2.0 + 1.5 * double(200_000, 1)
+    loss = disback.score_matching_loss(gaussian(2.0, 1.5), x0, sigma, weight=weight)
+    assert loss.item() == pytest.approx(3.0 * 2.25 * 0.25 / 2.5, rel=0.02)
+
+
+def test_each_update_moves_its_own_network_and_no_other():
+    from toy2d import model, problem
+
+    torch.manual_seed(0)
+    config = problem.Config(width=8, depth=1)
+    teacher = model.Denoiser(8, 1, 1.0)
+    nets = {"teacher": teacher, "fake": copy.deepcopy(teacher), "degraded": copy.deepcopy(teacher),
+            "student": problem.Untrained(config)}
+    sigma = problem.karras_sigma(32, config)
+
+    def moved(name, loss):
+        before = {key: copy.deepcopy(net.state_dict()) for key, net in nets.items()}
+        optimizer = torch.optim.Adam(nets[name].parameters())
+        disback.update(optimizer, loss(), 0.1)
+        return {key for key, net in nets.items()
+                if any((net.state_dict()[k] != v).any() for k, v in before[key].items())}
+
+    def samples():
+        return nets["student"](torch.randn(32, 2))
+
+    assert moved("degraded", lambda: disback.score_matching_loss(
+        nets["degraded"], samples().detach(), sigma)) == {"degraded"}
+    assert moved("fake", lambda: disback.score_matching_loss(
+        nets["fake"], samples().detach(), sigma)) == {"fake"}
+    assert moved("student", lambda: disback.vsd_loss(
+        samples(), sigma, nets["fake"], teacher, None, "eps")[0]) == {"student"}

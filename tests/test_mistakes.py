@@ -1,0 +1,165 @@
+"""What a user's mistake gets: one line with cause and remedy, status 2, nothing written or lost."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import BACKTRACK, DEGRADE, ROOT, SMALL
+
+import backtrack
+import degrade
+import disback
+
+
+def refused(capsys, monkeypatch, main, argv):
+    """The one line on standard error of a run that must end with status 2."""
+    monkeypatch.setattr(sys, "argv", ["stage.py", *map(str, argv)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        disback.run(main)
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    line = lines[-1]
+    assert line.startswith("error: ") and "Traceback" not in line
+    return line
+
+
+@pytest.mark.parametrize("words, cause", [
+    (["toy3d"], "toy3d"),
+    ([], "PROBLEM"),
+    (["toy2d", "--preset", "square"], "square"),
+    (["toy2d", "--presett", "ring"], "--presett"),
+    (["toy2d", "--nodes", "ten"], "ten"),
+    (["toy2d", "--lr-degrade", "fast"], "fast"),
+    (["toy2d", "--steps", "0"], "steps"),
+    (["toy2d", "--batch", "-3"], "batch"),
+    (["toy2d", "--lr-degrade", "nan"], "lr_degrade"),
+    (["toy2d", "--ema", "1"], "ema"),
+    (["toy2d", "--spacing", "square"], "square"),
+    (["toy2d", "--steps", "20", "--nodes", "21"], "nodes"),
+])
+def test_words_that_make_no_sense_are_refused_by_name(capsys, monkeypatch, tmp_path, words, cause):
+    out = tmp_path / "run"
+    argv = [*words, "--out", out, *(SMALL if "toy2d" in words else [])]
+    assert cause in refused(capsys, monkeypatch, degrade.main, argv)
+    assert not out.exists()
+
+
+def test_backtracking_without_a_path_is_refused_and_writes_nothing(capsys, monkeypatch, tmp_path):
+    line = refused(capsys, monkeypatch, backtrack.main,
+                   ["toy2d", "--out", tmp_path / "run", *BACKTRACK])
+    assert "degrade.py" in line and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags, cause", [
+    (["--preset", "grid"], "preset"), (["--seed", "5"], "seed"), (["--width", "8"], "width"),
+    (["--distance", "3"], "distance"), (["--start", "teacher"], "start")])
+def test_a_path_of_another_run_is_refused_naming_what_differs(
+        recorded, capsys, monkeypatch, tmp_path, flags, cause):
+    argv = ["toy2d", "--out", tmp_path / "run", "--path", recorded / "path", *BACKTRACK, *flags]
+    assert cause in refused(capsys, monkeypatch, backtrack.main, argv)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_a_run_is_kept_unless_overwritten(
+        recorded, capsys, monkeypatch, tmp_path, no_figures):
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    again = ["toy2d", "--out", tmp_path, *DEGRADE]
+    before = (tmp_path / "path" / "path.json").read_bytes()
+    assert "--overwrite" in refused(capsys, monkeypatch, degrade.main, again)
+    assert (tmp_path / "path" / "path.json").read_bytes() == before
+    back = ["toy2d", "--out", str(tmp_path), *BACKTRACK]
+    backtrack.main(back)
+    student = (tmp_path / "student.safetensors").read_bytes()
+    assert "--overwrite" in refused(capsys, monkeypatch, backtrack.main, back)
+    assert (tmp_path / "student.safetensors").read_bytes() == student
+    backtrack.main([*back, "--overwrite"])
+    assert (tmp_path / "path" / "path.json").exists()  # stage 1 is not stage 2's to remove
+
+
+def test_a_folder_that_cannot_be_written_is_refused(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    line = refused(capsys, monkeypatch, degrade.main, ["toy2d", "--out", tmp_path / "file" / "run",
+                                                       *DEGRADE])
+    assert str(tmp_path / "file") in line
+
+
+def test_resuming_what_is_not_there_or_was_run_with_other_flags_is_refused(
+        recorded, capsys, monkeypatch, tmp_path, no_figures):
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    back = ["toy2d", "--out", str(tmp_path), *BACKTRACK]
+    assert "state.pt" in refused(capsys, monkeypatch, backtrack.main, [*back, "--resume"])
+    backtrack.main(back)
+    line = refused(capsys, monkeypatch, backtrack.main, [*back, "--lr-fake", "0.5", "--resume"])
+    assert "lr_fake" in line
+    state = tmp_path / "state.pt"
+    state.write_bytes(state.read_bytes()[:-500])
+    assert "state.pt" in refused(capsys, monkeypatch, backtrack.main, [*back, "--resume"])
+
+
+def test_a_run_that_diverges_stops_with_its_step_and_node_and_keeps_the_last_checkpoint(
+        recorded, capsys, monkeypatch, tmp_path, no_figures):
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    update, count = disback.update, 0
+
+    def poisoned(optimizer, loss, lr):
+        nonlocal count
+        count += 1
+        update(optimizer, loss * (float("nan") if count > 2 * 9 else 1.0), lr)
+
+    monkeypatch.setattr(disback, "update", poisoned)
+    line = refused(capsys, monkeypatch, backtrack.main, ["toy2d", "--out", tmp_path, *BACKTRACK])
+    assert "step 10" in line and "node 0" in line and str(tmp_path) in line
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["step"] == 8
+    assert all(t.isfinite().all() for t in state["student"].values())
+
+
+def test_degrading_that_diverges_stops_with_its_step(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(disback, "score_matching_loss",
+                        lambda net, *args: next(net.parameters()).sum() * float("nan"))
+    line = refused(capsys, monkeypatch, degrade.main, ["toy2d", "--out", tmp_path / "r", *DEGRADE])
+    assert "step 10" in line
+    assert not (tmp_path / "r" / "path" / "path.json").exists()
+
+
+@pytest.mark.parametrize("save", [
+    "disback.save_tensors(file, {'x': torch.zeros(100_000)})",
+    "disback.save_json(file, list(range(100_000)))",
+    "disback.atomically(file, lambda f: torch.save(torch.zeros(100_000), f))"])
+def test_a_disk_that_fills_while_saving_leaves_the_old_file(tmp_path, save):
+    """A limit on the size of files stands for the full disk: writing beyond it fails alike."""
+    file = tmp_path / "kept"
+    file.write_text("old")
+    code = f"""
+import resource, signal, sys
+from pathlib import Path
+import torch
+import disback
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+file = Path({str(file)!r})
+disback.run(lambda argv: {save})
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.startswith("error: cannot write") and ended.stderr.count("\n") == 1
+    assert file.read_text() == "old" and os.listdir(tmp_path) == ["kept"]
+
+
+def test_help_names_every_field_with_its_comment(capsys):
+    with pytest.raises(SystemExit) as ended:
+        degrade.main(["toy2d", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    assert "--lr-degrade" in text and "learning rate of the degrading teacher" in text
+    assert "--steps" in text and "--backtrack-steps" not in text
+
+
+def test_the_path_file_says_what_it_is(recorded):
+    about = json.loads((recorded / "path" / "path.json").read_text())
+    assert about["problem"] == "toy2d" and len(about["sha256"]) == 5

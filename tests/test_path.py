@@ -1,0 +1,166 @@
+"""Recording a path, loading it strictly, and walking back along it."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import disback
+
+
+class Shift(nn.Module):
+    """D(x) = x + shift, a network whose place in function space is one number."""
+
+    def __init__(self, shift=0.0):
+        super().__init__()
+        self.shift = nn.Parameter(torch.tensor(float(shift)))
+
+    def forward(self, x, sigma, cond=None):
+        return x + self.shift
+
+
+PROBE = (torch.zeros(4, 2), torch.full((4, 1), 0.5), None)
+
+
+def record(folder, nodes=4, steps=20, spacing="linear", place=float, watch=lambda: None, **about):
+    net = Shift()
+    recorder = disback.Recorder(folder, net, nodes, steps, PROBE, spacing)
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            net.shift.fill_(place(step))
+        recorder.offer(net, step)
+        watch()
+    return recorder.close(**about), net
+
+
+def test_the_target_visits_every_node_once_in_order_and_stays_with_the_teacher(tmp_path):
+    path, _ = record(tmp_path)
+    target = Shift()
+    walk, visits = disback.Walk(path, target, interval=3), []
+    for _ in range(20):
+        visits.append(walk.node)
+        walk.step()
+    assert visits == [3] * 3 + [2] * 3 + [1] * 3 + [0] * 11
+
+
+def test_after_every_switch_the_targets_weights_are_the_nodes_and_its_answers_change(tmp_path):
+    path, _ = record(tmp_path)
+    target = Shift()
+    walk = disback.Walk(path, target, interval=1)
+    answers = []
+    while True:
+        expected = load_file(tmp_path / f"{walk.node:02d}.safetensors")["shift"]
+        assert torch.equal(target.shift, expected)
+        answers.append(target(*PROBE)[0, 0].item())
+        if not walk.step():
+            break
+    assert answers == [15.0, 10.0, 5.0, 0.0]  # steps 15, 10 and 5, then the teacher
+    assert walk.node == 0
+
+
+def test_node_zero_is_the_teacher_and_nodes_do_not_alias_the_network_that_moves_on(tmp_path):
+    path, net = record(tmp_path)
+    with torch.no_grad():
+        net.shift.fill_(99.0)
+    found = [load_file(file)["shift"].item() for file in path.files]
+    assert found == [0.0, 5.0, 10.0, 15.0, 20.0]
+    assert path.about["steps"] == [0, 5, 10, 15, 20]
+
+
+def test_switching_keeps_the_targets_own_storage(tmp_path):
+    """A compiled target must not see new tensors, nor memory a second copy."""
+    path, _ = record(tmp_path)
+    target = Shift()
+    where = target.shift.data_ptr()
+    walk = disback.Walk(path, target, interval=1)
+    walk.step()
+    assert target.shift.data_ptr() == where
+
+
+def test_without_a_path_the_walk_is_plain_vsd():
+    walk = disback.Walk(None, Shift(7.0), interval=1)
+    assert [walk.step() for _ in range(3)] == [False] * 3
+    assert walk.node == 0 and walk.target.shift.item() == 7.0
+
+
+def test_arc_spacing_divides_the_distance_where_the_network_moves_fast_then_slowly(tmp_path):
+    most = 0
+
+    def watch():
+        nonlocal most
+        most = max(most, len(list(tmp_path.glob("*.safetensors"))))
+
+    path, _ = record(tmp_path, nodes=5, steps=100, spacing="arc", watch=watch,
+                     place=lambda step: 1 - math.exp(-step / 10))
+    gaps = torch.tensor(path.about["positions"]).diff()
+    assert len(gaps) == 5 and gaps.max() < 2 * gaps.mean() and gaps.min() > 0.3 * gaps.mean()
+    linear, _ = record(tmp_path / "linear", nodes=5, steps=100, spacing="linear",
+                       place=lambda step: 1 - math.exp(-step / 10))
+    assert torch.tensor(linear.about["positions"]).diff().max() > 4 * gaps.mean()
+    assert most <= 2 * 5 + 1
+
+
+@pytest.mark.parametrize("spacing", ["linear", "log"])
+@pytest.mark.parametrize("nodes, steps", [(1, 1), (1, 9), (7, 7), (10, 100), (50, 60), (3, 1000)])
+def test_node_steps_are_distinct_rise_and_end_at_the_last_step(spacing, nodes, steps):
+    found = disback.node_steps(spacing, nodes, steps)
+    assert len(set(found)) == nodes and sorted(found) == found
+    assert found[0] >= 1 and found[-1] == steps
+
+
+@pytest.mark.parametrize("spacing", ["linear", "log", "arc"])
+@pytest.mark.parametrize("nodes, steps", [(1, 1), (1, 9), (7, 7), (3, 50)])
+def test_every_spacing_records_as_many_nodes_as_asked_for(tmp_path, spacing, nodes, steps):
+    path, _ = record(tmp_path, nodes=nodes, steps=steps, spacing=spacing)
+    assert len(path) == nodes + 1 and path.about["steps"][-1] == steps
+    assert len(list(tmp_path.glob("*.safetensors"))) == nodes + 1  # no candidate is left behind
+
+
+def test_the_adaptive_walk_waits_until_the_fake_has_caught_up_but_not_for_ever(tmp_path):
+    path, _ = record(tmp_path)  # positions 0 … 20, so neighbours are 5 apart
+    walk = disback.Walk(path, Shift(), interval=2, adaptive=True)
+    assert [walk.step(6.0), walk.step(6.0), walk.step(4.0), walk.step(4.0)] == [
+        False, False, False, True]
+    assert sum(1 for _ in iter(lambda: walk.step(6.0), True)) + 1 == 20  # at most 10 intervals
+
+
+def test_a_node_of_another_architecture_is_refused_by_its_name(tmp_path):
+    path, _ = record(tmp_path)
+    with pytest.raises(disback.Refusal, match="(?s)02.safetensors.*shift"):
+        path.load(2, nn.Linear(2, 2))
+
+
+def test_missing_edited_and_truncated_nodes_are_refused(tmp_path):
+    record(tmp_path)
+    file = tmp_path / "02.safetensors"
+    whole = file.read_bytes()
+    for broken in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        file.write_bytes(broken)
+        with pytest.raises(disback.Refusal, match="02.safetensors"):
+            disback.Path(tmp_path)
+    file.unlink()
+    with pytest.raises(disback.Refusal, match="02.safetensors"):
+        disback.Path(tmp_path)
+    file.write_bytes(whole)
+    assert len(disback.Path(tmp_path)) == 5
+
+
+def test_a_path_of_other_flags_is_refused_naming_the_field(tmp_path):
+    record(tmp_path, preset="ring", seed=1)
+    disback.Path(tmp_path, {"preset": "ring", "seed": 1})
+    with pytest.raises(disback.Refusal, match="seed 1, not 2"):
+        disback.Path(tmp_path, {"preset": "ring", "seed": 2})
+
+
+def test_a_folder_without_a_path_is_refused_with_the_remedy(tmp_path):
+    with pytest.raises(disback.Refusal, match="degrade.py"):
+        disback.Path(tmp_path / "nothing")
+    (tmp_path / "path.json").write_text("{ not json")
+    with pytest.raises(disback.Refusal, match="path.json"):
+        disback.Path(tmp_path)
+    (tmp_path / "path.json").write_text(json.dumps([1]))
+    with pytest.raises(disback.Refusal, match="path.json"):
+        disback.Path(tmp_path)

@@ -1,0 +1,182 @@
+"""Both stages end to end on a shrunken toy: what they write, count, repeat and resume."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import BACKTRACK
+from safetensors.torch import load_file
+
+import backtrack
+import degrade
+import disback
+from toy2d import model, problem
+
+
+def backtracked(recorded, out, *flags):
+    shutil.copytree(recorded / "path", out / "path")
+    backtrack.main(["toy2d", "--out", str(out), *BACKTRACK, *flags])
+    return load_file(out / "student.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_both_stages_write_the_run_folder_with_figures_and_complete_metrics(recorded, tmp_path):
+    backtracked(recorded, tmp_path)
+    backtrack.main(["toy2d", "--out", str(tmp_path / "vsd"), "--target", "teacher", *BACKTRACK,
+                    "--compare", str(tmp_path)])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["problem"] == "toy2d" and metrics["preset"] == "ring" and metrics["seed"] == 0
+    assert metrics["method"] == "disback" and metrics["steps"] == 20 and metrics["node"] == 0
+    assert metrics["seconds"] > 0 and metrics["peak_memory_bytes"] > 10e6
+    for name in ("swd", "energy_distance", "mode_tv", "off_mode"):
+        assert metrics[name] >= 0
+    evals = metrics["network_evals"]
+    assert evals["total"] == evals["stage1"] + evals["stage2"]
+    vsd = json.loads((tmp_path / "vsd" / "metrics.json").read_text())
+    assert vsd["method"] == "vsd" and vsd["network_evals"]["stage1"] == 0
+    assert vsd["network_evals"]["stage2"] == evals["stage2"] == 8 * 64 * 20
+    for run, figures in ((tmp_path, 4), (tmp_path / "vsd", 4)):
+        assert len(list((run / "figures").iterdir())) == figures
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [8, 10, 16, 20]
+    assert {"node", "loss_fake", "mismatch", "network_evals", "swd"} <= lines[0].keys()
+    settings = json.loads((tmp_path / "config.json").read_text())["backtrack"]
+    assert settings["interval"] == 2 and settings["target"] == "path"
+
+
+def test_the_target_ends_as_the_recorded_teacher_and_the_path_starts_with_it(recorded):
+    teacher = problem.make("ring", width=16, depth=1, teacher_steps=60, teacher_batch=64).teacher
+    assert same(load_file(recorded / "path" / "00.safetensors"), teacher.state_dict())
+    last = load_file(recorded / "path" / "04.safetensors")
+    assert not same(last, teacher.state_dict())
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(recorded, tmp_path, no_figures):
+    one = backtracked(recorded, tmp_path / "one")
+    assert same(one, backtracked(recorded, tmp_path / "two"))
+    vsd = ["toy2d", *BACKTRACK, "--target", "teacher"]
+    backtrack.main([*vsd, "--out", str(tmp_path / "zero"), "--seed", "0"])
+    backtrack.main([*vsd, "--out", str(tmp_path / "three"), "--seed", "3"])
+    assert not same(load_file(tmp_path / "zero" / "student.safetensors"),
+                    load_file(tmp_path / "three" / "student.safetensors"))
+
+
+def test_logging_and_saving_more_often_change_no_bit(recorded, tmp_path, no_figures):
+    often = backtracked(recorded, tmp_path / "often", "--log-every", "3", "--save-every", "5")
+    assert same(often, backtracked(recorded, tmp_path / "seldom"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--switch", "adaptive"], ["--fake-updates", "2"]])
+def test_a_run_that_is_cut_off_resumes_to_the_same_bits(recorded, tmp_path, no_figures, monkeypatch,
+                                                        flags):
+    whole = backtracked(recorded, tmp_path / "whole", *flags)
+    update, left = disback.update, 13 * (3 if "--fake-updates" in flags else 2) - 1
+
+    def cut(*args):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        update(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disback, "update", cut)
+        with pytest.raises(KeyboardInterrupt):
+            backtracked(recorded, tmp_path / "cut", *flags)
+    backtrack.main(["toy2d", "--out", str(tmp_path / "cut"), *BACKTRACK, *flags, "--resume"])
+    assert same(whole, load_file(tmp_path / "cut" / "student.safetensors"))
+    lines = (tmp_path / "cut" / "log.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == [8, 10, 16, 20]  # the lines after the checkpoint, of step 8, are not doubled
+
+
+@pytest.mark.parametrize("fake_updates", [1, 3])
+def test_network_evals_are_the_forwards_and_backwards_that_are_made(
+        recorded, tmp_path, no_figures, fake_updates):
+    """In forwards of one sample: a backward through the weights counts 2 (a bound of 4k + 4)."""
+    spent = 0
+
+    def count(module, inputs, output):
+        nonlocal spent
+        if isinstance(module, (model.Denoiser, problem.Untrained)) and len(output) == 64:
+            spent += 64 * (3 if output.requires_grad else 1)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(count)
+    try:
+        backtracked(recorded, tmp_path, "--fake-updates", str(fake_updates))
+    finally:
+        hook.remove()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["network_evals"]["stage2"] == spent == (4 * fake_updates + 4) * 64 * 20
+
+
+def test_network_evals_of_stage_1_are_those_that_are_made(tmp_path):
+    from conftest import DEGRADE
+
+    spent = 0
+
+    def count(module, inputs, output):
+        nonlocal spent
+        if isinstance(module, (model.Denoiser, problem.Untrained)):
+            spent += 64 * (3 if output.requires_grad else 1)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(count)
+    try:
+        degrade.main(["toy2d", "--out", str(tmp_path), *DEGRADE])
+    finally:
+        hook.remove()
+    assert json.loads((tmp_path / "path" / "path.json").read_text())["network_evals"] == spent
+
+
+def test_the_two_by_two_of_target_and_fake_start_are_four_different_runs(
+        recorded, tmp_path, no_figures):
+    students = [backtracked(recorded, tmp_path / f"{target}-{fake}", "--target", target,
+                            "--fake-init", fake)
+                for target in ("path", "teacher") for fake in ("degraded", "teacher")]
+    for i, one in enumerate(students):
+        assert not any(same(one, other) for other in students[:i])
+
+
+def test_a_students_start_is_off_the_data_or_the_teachers_copy():
+    small = dict(width=16, depth=1, teacher_steps=60, teacher_batch=64)
+    off = problem.make("ring", distance=10.0, **small)
+    with torch.no_grad():
+        x0 = off.student(torch.randn(1000, 2))
+    assert x0.mean(0).norm().item() == pytest.approx(10.0, abs=0.5)
+    copy = problem.make("ring", start="teacher", start_sigma=2.0, **small)
+    z = torch.randn(5, 2)
+    expected = copy.teacher(2 * z, torch.full((5, 1), 2.0))
+    torch.testing.assert_close(copy.student(z), expected)
+    assert copy.student.denoiser.net[0].weight.data_ptr() != copy.teacher.net[0].weight.data_ptr()
+
+
+@pytest.mark.parametrize("sigma, low", [(20.0, False), (0.02, True)])
+def test_the_teachers_preconditioning_has_the_right_limits(sigma, low):
+    """D is x where there is no noise, and does not depend on x's scale where there is much."""
+    net = model.Denoiser(16, 1, 1.0)
+    x = torch.randn(8, 2)
+    change = (net(x, torch.full((8, 1), sigma)) - x).abs().max().item()
+    assert (change < 0.1) if low else (change > 0.3)
+
+
+def test_karras_levels_are_uniform_in_the_seventh_root_and_stay_in_range():
+    torch.manual_seed(0)
+    config = problem.Config()
+    sigma = problem.karras_sigma(100_000, config)
+    assert sigma.min() >= 0.02 * 0.9999 and sigma.max() <= 20.0 * 1.0001
+    roots = (sigma ** (1 / 7) - 0.02 ** (1 / 7)) / (20.0 ** (1 / 7) - 0.02 ** (1 / 7))
+    quantiles = torch.quantile(roots, torch.tensor([0.25, 0.5, 0.75]))
+    torch.testing.assert_close(quantiles, torch.tensor([0.25, 0.5, 0.75]), atol=0.01, rtol=0)
+
+
+def test_the_sampler_draws_a_gaussian_from_its_exact_denoiser(gaussian):
+    torch.manual_seed(0)
+    net = gaussian(1.0, 0.5).float()
+    with torch.no_grad():
+        x = problem.sample(net, 20_000, problem.Config())
+    assert x.mean().item() == pytest.approx(1.0, abs=0.05)
+    assert x.std().item() == pytest.approx(0.5, abs=0.02)

@@ -1,0 +1,181 @@
+"""The 2D toy: a Gaussian mixture, an MLP as the teacher, a student that starts off the data."""
+
+import copy
+import hashlib
+import inspect
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import trange
+
+import disback
+from toy2d import figures, metrics, mixture, model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every field is a flag. Values without a source were tuned on the ring, see README.md."""
+
+    degrade_steps: int = 100  # training steps of this stage
+    backtrack_steps: int = 2000  # iterations: an update of the student, then the fake's
+    batch: int = 512  # samples in a batch
+    nodes: int = 10  # N, the nodes that are recorded after the teacher
+    spacing: Literal["arc", "linear", "log"] = "arc"  # where nodes are recorded, see Recorder
+    interval: int = 5  # iterations that the target stays at a node
+    switch: Literal["interval", "adaptive"] = "interval"  # when the target moves on, see Walk
+    weighting: Literal["score", "eps", "x0", "dmd"] = "eps"  # w(sigma) of Eq. 8
+    lr_student: float = 6e-3  # learning rate of the student
+    lr_fake: float = 6e-3  # learning rate of the fake
+    lr_degrade: float = 1e-3  # learning rate of the degrading teacher
+    fake_updates: int = 1  # updates of the fake after each of the student, as Diff-Instruct
+    beta1: float = 0.0  # of Adam, as Diff-Instruct and SiD
+    beta2: float = 0.999  # of Adam, likewise
+    weight_decay: float = 0.0  # of AdamW; 0 makes it Adam
+    decay: Literal["cosine", "constant"] = "cosine"  # of the learning rates
+    ema: float = 0.95  # decay of the student's moving average, short as the run is short
+    save_every: int = 100  # iterations between checkpoints
+    log_every: int = 50  # iterations between lines of log.jsonl
+
+    data: Literal["ring", "grid", "uneven"] = "ring"  # the mixture, see mixture.py
+    start: Literal["off", "teacher"] = "off"  # untrained and off the data, or the teacher's copy
+    distance: float = 28.0  # from the origin to an untrained student; the data reach to 2.5
+    start_sigma: float = 5.0  # the noise level at which a copy of the teacher generates
+    width: int = 128  # hidden units; 64 made a bad teacher
+    depth: int = 3  # hidden layers
+    sigma_data: float = 1.0  # of EDM's preconditioning, near the data's standard deviation
+    sigma_min: float = 0.02  # the least noise, well below a mode's width
+    sigma_max: float = 20.0  # the most noise, well above the data's extent
+    teacher_steps: int = 4000  # training steps of the teacher
+    teacher_batch: int = 512  # its batch
+    teacher_lr: float = 2e-3  # its learning rate
+
+    def __post_init__(self) -> None:
+        disback.check_config(self)
+
+
+PRESETS = {name: Config(data=name) for name in ("ring", "grid", "uneven")}
+OF_TEACHER = ("data", "width", "depth", "sigma_data", "sigma_min", "sigma_max",
+              "teacher_steps", "teacher_batch", "teacher_lr")
+OF_PATH = (*OF_TEACHER, "start", "distance", "start_sigma")  # the student's start as well
+
+
+class Untrained(nn.Module):
+    """A generator G(z) = centre + z / 2 + MLP(z) for z [n, 2]: a blob around its centre."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        diagonal = config.distance / math.sqrt(2)
+        self.register_buffer("centre", torch.tensor([diagonal, diagonal]))
+        self.net = model.mlp(2, config.width, config.depth)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.centre + z / 2 + self.net(z)
+
+
+class TeacherCopy(nn.Module):
+    """A generator G(z) = D(sigma z, sigma) for z [n, 2]: the teacher's one-step denoising."""
+
+    def __init__(self, denoiser: model.Denoiser, sigma: float):
+        super().__init__()
+        self.denoiser, self.sigma = denoiser, sigma
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.denoiser(self.sigma * z, z.new_full((len(z), 1), self.sigma))
+
+
+def make(preset: str = "ring", seed: int = 0, device: torch.device | str = "cpu",
+         **changes: int | float | str) -> disback.Problem:
+    """The toy as the stages see it; `changes` are fields of the preset's config.
+
+    The first call trains the teacher and caches it; the seed is the student's, not the teacher's.
+    """
+    # One thread is faster at this size, and the bits do not depend on the machine's cores.
+    torch.set_num_threads(1)
+    config = replace(PRESETS[preset], **changes)
+    data = getattr(mixture, config.data)()
+    teacher = trained_teacher(config, data)
+    torch.manual_seed(seed)
+    student = (Untrained(config) if config.start == "off"
+               else TeacherCopy(copy.deepcopy(teacher), config.start_sigma))
+
+    def sample_sigma(n: int) -> Tensor:
+        return karras_sigma(n, config).to(device)
+
+    about = {"problem": "toy2d", "preset": preset, "seed": seed}
+    about |= {name: getattr(config, name) for name in OF_PATH}
+    return disback.Problem(
+        config=config, about=about,
+        teacher=teacher.to(device), student=student.to(device),
+        generate=lambda student, z, cond: student(z),
+        sample_inputs=lambda n: (torch.randn(n, 2).to(device), None),
+        sample_sigma=sample_sigma, sample_sigma_vsd=sample_sigma,
+        score_weight=lambda sigma: score_weight(sigma, config.sigma_data),
+        evaluate=metrics.Evaluation(data), snapshot=2000,
+        draw=lambda out, path, compare: figures.draw(
+            out, path, compare, teacher, lambda net, n: sample(net, n, config), data))
+
+
+def karras_sigma(n: int, config: Config, rho: float = 7.0) -> Tensor:
+    """n noise levels [n, 1], uniform in sigma**(1 / rho) (Karras et al. 2022, Eq. 5)."""
+    low, high = config.sigma_min ** (1 / rho), config.sigma_max ** (1 / rho)
+    return (high + torch.rand(n, 1) * (low - high)) ** rho
+
+
+def score_weight(sigma: Tensor, sigma_data: float) -> Tensor:
+    """EDM's lambda(sigma), which makes the loss of every noise level alike at initialisation."""
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+
+def trained_teacher(config: Config, data: mixture.Mixture) -> model.Denoiser:
+    """The teacher from the cache, or trained into it; its file is named by all it depends on."""
+    torch.manual_seed(0)
+    net = model.Denoiser(config.width, config.depth, config.sigma_data)
+    source = "".join(map(inspect.getsource, (model, mixture, train, karras_sigma, score_weight)))
+    depends_on = repr([getattr(config, name) for name in OF_TEACHER]) + source + torch.__version__
+    cache = Path(os.environ.get("DISBACK_CACHE", Path.home() / ".cache" / "disback"))
+    name = hashlib.sha256(depends_on.encode()).hexdigest()[:16]
+    file = cache / f"toy2d-{config.data}-{name}.safetensors"
+    if not file.exists():
+        train(net, config, data)
+        cache.mkdir(parents=True, exist_ok=True)
+        disback.save_tensors(file, net.state_dict())
+    disback.load_net(file, net)
+    return net
+
+
+def train(net: model.Denoiser, config: Config, data: mixture.Mixture) -> None:
+    """Denoising score matching on the data (Eq. 5 with data for samples), cosine decay."""
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.teacher_lr, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.teacher_steps)
+    for _ in trange(config.teacher_steps, desc="teacher (first use)"):
+        sigma = karras_sigma(config.teacher_batch, config)
+        loss = disback.score_matching_loss(net, data.sample(config.teacher_batch), sigma,
+                                           weight=score_weight(sigma, config.sigma_data))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+@torch.no_grad()
+def sample(net: nn.Module, n: int, config: Config, steps: int = 40) -> Tensor:
+    """n samples [n, 2] of a denoiser by Heun's method on the probability-flow ODE, from sigma_max
+    to 0 (Karras et al. 2022, Algorithm 1)."""
+    rho = 7.0
+    low, high = config.sigma_min ** (1 / rho), config.sigma_max ** (1 / rho)
+    sigmas = [*torch.linspace(high, low, steps).pow(rho).tolist(), 0.0]
+    x = config.sigma_max * torch.randn(n, 2)
+
+    def slope(x: Tensor, sigma: float) -> Tensor:
+        return (x - net(x, x.new_full((n, 1), sigma))) / sigma
+
+    for sigma, lower in zip(sigmas, sigmas[1:]):
+        first = slope(x, sigma)
+        euler = x + (lower - sigma) * first
+        x = euler if lower == 0 else x + (lower - sigma) * (first + slope(euler, lower)) / 2
+    return x
