@@ -19,10 +19,8 @@ from tqdm import tqdm
 import disback
 
 FLAGS = dict(
-    target=dict(choices=("path", "teacher"), default="path",
-                help="what draws the student: the path, or the teacher alone: plain VSD"),
-    fake_init=dict(choices=("degraded", "teacher"),
-                   help="where the fake starts (default: degraded on a path, else teacher)"),
+    target=dict(choices=("path", "teacher"), default="path", help="teacher alone is plain VSD"),
+    fake_init=dict(choices=("degraded", "teacher"), help="default: degraded if target is the path"),
     path=dict(type=Path, metavar="DIR", help="folder of the path (default: OUT/path)"),
     resume=dict(action="store_true", help="continue the run in OUT from its last checkpoint"),
     compare=dict(type=Path, metavar="DIR", help="a finished run to draw beside this one"))
@@ -32,24 +30,23 @@ def main(argv: list[str]) -> None:
     args, problem = disback.start("backtrack", __doc__, argv, **FLAGS)
     config, batch, steps = problem.config, problem.config.batch, problem.config.backtrack_steps
     fake_init = args.fake_init or ("degraded" if args.target == "path" else "teacher")
-    path = None
-    if args.target == "path" or fake_init == "degraded":
-        path = disback.Path(args.path or args.out / "path", problem.about)
+    path = None if (args.target, fake_init) == ("teacher", "teacher") else disback.Path(
+        args.path or args.out / "path", problem.about)
 
-    # Three networks: the student, the fake, and the target, which is the teacher in whose place
-    # the walk puts the nodes. Only the target walks: the fake starts at the last node and learns.
+    # Only the target walks, the teacher in whose place the nodes are put; the fake learns.
     student, target = problem.student, problem.teacher
     fake = copy.deepcopy(problem.teacher)
     if fake_init == "degraded":
         path.load(len(path) - 1, fake)
     walk = disback.Walk(path if args.target == "path" else None, target, config.interval,
                         config.switch == "adaptive")
-    guided_target = functools.partial(problem.guide, target)
+    guided = functools.partial(problem.guide, target)
     ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    optimizer_student = disback.optimizer(student, config)
-    optimizer_fake = disback.optimizer(fake, config)
-    parts = dict(student=student, fake=fake, ema=ema,
-                 optimizer_student=optimizer_student, optimizer_fake=optimizer_fake)
+    adam = functools.partial(torch.optim.AdamW, betas=(config.beta1, config.beta2),
+                             weight_decay=config.weight_decay, fused=True)
+    adam_student, adam_fake = adam(student.parameters()), adam(fake.parameters())
+    parts = dict(student=student, fake=fake, ema=ema, adam_student=adam_student,
+                 adam_fake=adam_fake)
 
     snapshot_inputs = problem.sample_inputs(problem.snapshot)
     settings = problem.about | dataclasses.asdict(config)
@@ -77,9 +74,8 @@ def main(argv: list[str]) -> None:
         z, cond = problem.sample_inputs(batch)
         x0 = problem.generate(student, z, cond)
         sigma = problem.sample_sigma_vsd(batch)
-        loss, mismatch = disback.vsd_loss(
-            x0, sigma, fake, guided_target, cond, config.weighting)  # Eq. 8
-        disback.update(optimizer_student, loss, config.lr_student * decay)
+        loss, mismatch = disback.vsd_loss(x0, sigma, fake, guided, cond, config.weighting)  # Eq. 8
+        disback.update(adam_student, loss, config.lr_student * decay)
         ema.update_parameters(student)
 
         for i in range(k):
@@ -90,7 +86,7 @@ def main(argv: list[str]) -> None:
             sigma = problem.sample_sigma(batch)
             loss_fake = disback.score_matching_loss(
                 fake, x0.detach(), sigma, cond, problem.score_weight(sigma))  # Eq. 5
-            disback.update(optimizer_fake, loss_fake, config.lr_fake * decay)
+            disback.update(adam_fake, loss_fake, config.lr_fake * decay)
 
         totals = totals + torch.stack([loss_fake.detach(), mismatch])
         save = step % config.save_every == 0 or step == steps
@@ -107,22 +103,17 @@ def main(argv: list[str]) -> None:
             save_state(args.out, parts, walk, settings, step, time.perf_counter() - began)
 
     disback.save_tensors(args.out / "student.safetensors", ema.module.state_dict())
+    unit = 1 if sys.platform == "darwin" else 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     stage1, stage2 = path.about["network_evals"] if path else 0, evals_a_step * steps
     disback.save_json(args.out / "metrics.json", {
         **problem.about, "method": "disback" if args.target == "path" else "vsd",
         "fake_init": fake_init, "node": walk.node, "steps": steps,
         "seconds": time.perf_counter() - began,
         "network_evals": {"stage1": stage1, "stage2": stage2, "total": stage1 + stage2},
-        "peak_memory_bytes": peak_memory(), **problem.evaluate(ema.module)})
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() or resident,
+        **problem.evaluate(ema.module)})
     problem.draw(args.out, path, args.compare)
-
-
-def peak_memory() -> int:
-    """Bytes: the most allocated on the GPU, else the most resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def save_state(out: Path, parts: dict, walk: disback.Walk, settings: dict, step: int,

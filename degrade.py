@@ -18,7 +18,8 @@ def main(argv: list[str]) -> None:
     disback.claim(args, "degrade", ("path", *disback.RESULTS), dataclasses.asdict(config))
 
     degraded = copy.deepcopy(problem.teacher)  # s'_theta, which forgets on the way to the student
-    optimizer = disback.optimizer(degraded, config)
+    optimizer = torch.optim.AdamW(degraded.parameters(), betas=(config.beta1, config.beta2),
+                                  weight_decay=config.weight_decay, fused=True)
 
     def sample_student():
         z, cond = problem.sample_inputs(batch)

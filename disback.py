@@ -84,11 +84,11 @@ def distance(d_a: Tensor, d_b: Tensor, sigma: Tensor) -> Tensor:
 class Recorder:
     """Degradation Recording: writes nodes of a model while it is trained (Algorithm 1).
 
-    Node 0 is the teacher as given, node N the model after the last step; between them "linear" and
-    "log" space the nodes in steps, "arc" equally in distance() from the teacher on `probe` = (x,
-    sigma, cond), noised samples of the student. How far that goes is known only at the end, so
-    "arc" looks at 4N log-spaced steps and of more than 2N candidates drops the most crowded.
-    No second model is ever in memory, at most 2N + 1 are on disk; `evals` counts the forwards.
+    Node 0 is the teacher, node N the model after the last step. Between, "linear" and "log" space
+    the nodes in steps, "arc" equally in distance() from the teacher on `probe` = (x, sigma, cond),
+    noised samples of the student. As that is known only at the end, "arc" looks at 4N log-spaced
+    steps and, of more than 2N candidates, drops the most crowded. No second model is in memory, at
+    most 2N + 1 are on disk; `evals` counts the probe's forwards.
     """
 
     def __init__(self, folder: str | File, teacher: nn.Module, nodes: int, steps: int,
@@ -280,8 +280,7 @@ def add_fields(parser: argparse.ArgumentParser, stage: str, presets: dict[str, A
 
 
 def check_config(config: Any) -> None:
-    """Refuse a choice that the field's Literal does not name, and a number that is not above 0 (or
-    0, where that is the default) and finite, or, of a rate of decay, below 1."""
+    """Refuse what a field's Literal does not name, and numbers that are out of range."""
     for field in dataclasses.fields(config):
         value, choices = getattr(config, field.name), get_args(field.type)
         most = 1 if field.name in ("beta1", "beta2", "ema") else math.inf
@@ -303,8 +302,7 @@ RESULTS = ("student.safetensors", "state.pt", "log.jsonl", "metrics.json", "snap
 
 
 def claim(args: argparse.Namespace, stage: str, names: tuple[str, ...], settings: dict) -> None:
-    """Make a run folder that is without these files and folders, or refuse it; keep in config.json
-    all that is needed to run the stage again."""
+    """Refuse a run folder that holds `names`; put all that reruns the stage into config.json."""
     taken = [args.out / name for name in names if (args.out / name).exists()]
     if taken and not args.overwrite:
         raise Refusal(f"{taken[0]} exists: name another --out, or replace the run by --overwrite")
@@ -325,12 +323,6 @@ def log(file: File, step: int, node: Any, **numbers: float) -> None:
                           f"is kept in {file.parent}: try lower learning rates")
     with open(file, "a") as handle:
         handle.write(json.dumps({"step": step, "node": node, **numbers}) + "\n")
-
-
-def optimizer(net: nn.Module, config: Any) -> torch.optim.Optimizer:
-    """AdamW; with config.weight_decay = 0 it is Adam."""
-    return torch.optim.AdamW(net.parameters(), betas=(config.beta1, config.beta2),
-                             weight_decay=config.weight_decay, fused=True)
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:

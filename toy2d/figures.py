@@ -50,7 +50,7 @@ def draw_mismatch(file: Path, path: disback.Path | None, net: nn.Module, x0: Ten
     For the teacher the right answer is the data's score, for the degraded node the score of the
     student's own samples; both are exact."""
     last = len(path) - 1 if path else 0
-    rows = [(node, sigma) for node in sorted({0, last}) for sigma in (0.5, 10.0)]
+    rows = [(node, sigma) for node in sorted({0, last}) for sigma in (0.2, 5.0)]
     figure, axes = plt.subplots(len(rows), 3, figsize=(9, 2.75 * len(rows)), layout="constrained",
                                 squeeze=False)
     for (node, sigma), row in zip(rows, axes):

@@ -21,17 +21,17 @@ from toy2d import figures, metrics, mixture, model
 class Config:
     """Every field is a flag. Values without a source were tuned on the ring, see README.md."""
 
-    degrade_steps: int = 100  # training steps of this stage
+    degrade_steps: int = 200  # training steps of this stage
     backtrack_steps: int = 2000  # iterations: an update of the student, then the fake's
     batch: int = 512  # samples in a batch
     nodes: int = 10  # N, the nodes that are recorded after the teacher
     spacing: Literal["arc", "linear", "log"] = "arc"  # where nodes are recorded, see Recorder
-    interval: int = 5  # iterations that the target stays at a node
+    interval: int = 10  # iterations that the target stays at a node
     switch: Literal["interval", "adaptive"] = "interval"  # when the target moves on, see Walk
     weighting: Literal["score", "eps", "x0", "dmd"] = "eps"  # w(sigma) of Eq. 8
     lr_student: float = 6e-3  # learning rate of the student
     lr_fake: float = 6e-3  # learning rate of the fake
-    lr_degrade: float = 1e-3  # learning rate of the degrading teacher
+    lr_degrade: float = 2e-3  # learning rate of the degrading teacher
     fake_updates: int = 1  # updates of the fake after each of the student, as Diff-Instruct
     beta1: float = 0.0  # of Adam, as Diff-Instruct and SiD
     beta2: float = 0.999  # of Adam, likewise
@@ -43,7 +43,7 @@ class Config:
 
     data: Literal["ring", "grid", "uneven"] = "ring"  # the mixture, see mixture.py
     start: Literal["off", "teacher"] = "off"  # untrained and off the data, or the teacher's copy
-    distance: float = 28.0  # from the origin to an untrained student; the data reach to 2.5
+    distance: float = 8.0  # from the origin to an untrained student; the data reach to 2.5
     start_sigma: float = 5.0  # the noise level at which a copy of the teacher generates
     width: int = 128  # hidden units; 64 made a bad teacher
     depth: int = 3  # hidden layers
