@@ -27,8 +27,7 @@ def draw(out: Path, path: disback.Path | None, compare: Path | None, net: nn.Mod
     """
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
-    files = sorted((out / "snapshots").glob("*.safetensors"))
-    snapshots = [(int(file.stem), load_file(file)) for file in files]
+    snapshots = read_snapshots(out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         nodes = []
@@ -51,27 +50,28 @@ def draw_mismatch(file: Path, path: disback.Path | None, net: nn.Module, x0: Ten
     student's own samples; both are exact."""
     last = len(path) - 1 if path else 0
     rows = [(node, sigma) for node in sorted({0, last}) for sigma in (0.2, 5.0)]
-    figure, axes = plt.subplots(len(rows), 3, figsize=(9, 2.75 * len(rows)), layout="constrained",
+    figure, axes = plt.subplots(len(rows), 3, figsize=(9.6, 2.75 * len(rows)), layout="constrained",
                                 squeeze=False)
     for (node, sigma), row in zip(rows, axes):
-        if path:
-            path.load(node, net)
-        truth = Mixture.of_samples(x0) if node else data
         x = x0[:60] + sigma * torch.randn(60, 2)
-        answer = (net(x, torch.full((60, 1), sigma)) - x) / sigma**2
-        exact = truth.score(x, sigma)
+        exact = (Mixture.of_samples(x0) if node else data).score(x, sigma)
+        answer = score_of_node(path, 0, net, x, sigma)
+        teachers = relative_error(answer, exact)
+        if node:
+            answer = score_of_node(path, node, net, x, sigma)
         error = answer - exact
-        relative = (error.norm(dim=1).mean() / exact.norm(dim=1).mean()).item()
+        size = f"difference: {relative_error(answer, exact):.0%} of the exact"
+        size += f"\n(the teacher's would be {teachers:,.0%})" if node else ""
         scale = torch.cat([answer, exact]).norm(dim=1).max().item() * 3
         asked = f"degraded node {node}" if node else "teacher"
         right = "the student's samples" if node else "the data"
         for axis, arrows, title, color in (
                 (row[0], answer, f"{asked}: its score", TARGET),
                 (row[1], exact, f"exact score of {right}", STUDENT),
-                (row[2], error, f"difference: {relative:.0%} of the exact", "#c02020")):
+                (row[2], error, size, "#c02020")):
             axis.plot(*x.T, ".", color=DATA, markersize=3)
             axis.quiver(*x.T, *arrows.T, color=color, angles="xy", scale=scale, width=0.006)
-            axis.set_title(title, fontsize=10)
+            axis.set_title(title, fontsize=9)
             axis.margins(0.2)
             axis.set_aspect("equal", adjustable="datalim")
         row[0].set_ylabel(f"$\\sigma$ = {sigma:g}", fontsize=11)
@@ -79,13 +79,22 @@ def draw_mismatch(file: Path, path: disback.Path | None, net: nn.Module, x0: Ten
     save(figure, file)
 
 
+def score_of_node(path: disback.Path | None, node: int, net: nn.Module, x: Tensor,
+                  sigma: float) -> Tensor:
+    """The score at x [n, 2] of a node, which is loaded into net."""
+    if path:
+        path.load(node, net)
+    return (net(x, torch.full((len(x), 1), sigma)) - x) / sigma**2
+
+
+def relative_error(answer: Tensor, exact: Tensor) -> float:
+    """Mean length of the difference over mean length of the exact vectors."""
+    return ((answer - exact).norm(dim=1).mean() / exact.norm(dim=1).mean()).item()
+
+
 def draw_path(file: Path, nodes: list[Tensor], snapshots: list, points: Tensor) -> None:
     """Samples of every node, teacher first; below them the student after every switch."""
-    switched = [snapshots[0]]
-    for before, after in zip(snapshots, snapshots[1:]):
-        if after[1]["node"] != before[1]["node"]:
-            switched.append(after)
-    switched.append(snapshots[-1])
+    switched = [snapshots[0], *switches(snapshots), snapshots[-1]]
     last = len(nodes) - 1
     names = {last: f"node {last}: degraded", 0: "node 0: the teacher"}
     there = [(x, names.get(i, f"node {i}"), TARGET) for i, x in enumerate(nodes)]
@@ -128,11 +137,11 @@ def draw_convergence(file: Path, out: Path, compare: Path | None) -> None:
         if stage1:
             for axis in (top, bottom):
                 axis.axvspan(0, stage1 / 1e6, color=color, alpha=0.12, linewidth=0)
-        for before, after in zip(lines, lines[1:]):
-            if after["node"] != before["node"]:
-                for axis in (top, bottom):
-                    axis.axvline((stage1 + after["network_evals"]) / 1e6, color=color,
-                                 linewidth=0.8, linestyle=":")
+        evals_a_step = metrics["network_evals"]["stage2"] / metrics["steps"]
+        for step, _ in switches(read_snapshots(run)):
+            for axis in (top, bottom):
+                axis.axvline((stage1 + evals_a_step * step) / 1e6, color=color, linewidth=0.8,
+                             linestyle=":")
     top.set(yscale="log", ylabel="SWD of the student to the data",
             title="Convergence (shaded: stage 1; dotted: the target has switched)")
     top.axhline(0.05, color=DATA, linewidth=1)
@@ -166,6 +175,18 @@ def draw_gif(file: Path, nodes: list[Tensor], snapshots: list, points: Tensor) -
     animation.save(beside, writer=PillowWriter(fps=6), dpi=80)
     beside.replace(file)
     plt.close(figure)
+
+
+def read_snapshots(out: Path) -> list[tuple[int, dict[str, Tensor]]]:
+    """(step, {x0 [n, 2], node}) of each snapshot, the first first."""
+    files = sorted((out / "snapshots").glob("*.safetensors"))
+    return [(int(file.stem), load_file(file)) for file in files]
+
+
+def switches(snapshots: list[tuple[int, dict[str, Tensor]]]) -> list:
+    """The snapshots at which the target had just moved to another node."""
+    return [after for before, after in zip(snapshots, snapshots[1:])
+            if after[1]["node"] != before[1]["node"]]
 
 
 def frame(x: Tensor) -> tuple[float, float]:

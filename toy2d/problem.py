@@ -39,7 +39,7 @@ class Config:
     decay: Literal["cosine", "constant"] = "cosine"  # of the learning rates
     ema: float = 0.95  # decay of the student's moving average, short as the run is short
     save_every: int = 100  # iterations between checkpoints
-    log_every: int = 50  # iterations between lines of log.jsonl
+    log_every: int = 25  # iterations between lines of log.jsonl
 
     data: Literal["ring", "grid", "uneven"] = "ring"  # the mixture, see mixture.py
     start: Literal["off", "teacher"] = "off"  # untrained and off the data, or the teacher's copy
