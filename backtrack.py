@@ -6,11 +6,11 @@ import dataclasses
 import functools
 import json
 import math
-import pickle
 import resource
 import sys
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -33,6 +33,9 @@ def main(argv: list[str]) -> None:
     path = None if (args.target, fake_init) == ("teacher", "teacher") else disback.Path(
         args.path or args.out / "path", problem.about)
 
+    if args.compare:
+        disback.load_json(args.compare / "metrics.json", "--compare takes a finished run")
+
     # Only the target walks, the teacher in whose place the nodes are put; the fake learns.
     student, target = problem.student, problem.teacher
     fake = copy.deepcopy(problem.teacher)
@@ -50,7 +53,8 @@ def main(argv: list[str]) -> None:
 
     snapshot_inputs = problem.sample_inputs(problem.snapshot)
     settings = problem.about | dataclasses.asdict(config)
-    settings |= {"target": args.target, "fake_init": fake_init}
+    settings |= {"target": args.target, "fake_init": fake_init,
+                 "path": path and disback.sha256(path.folder / "path.json")}
     done, seconds = load_state(args.out, parts, walk, settings) if args.resume else (0, 0.0)
     if not args.resume:
         disback.claim(args, "backtrack", disback.RESULTS, settings)
@@ -105,7 +109,7 @@ def main(argv: list[str]) -> None:
     disback.save_tensors(args.out / "student.safetensors", ema.module.state_dict())
     unit = 1 if sys.platform == "darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    stage1, stage2 = path.about["network_evals"] if path else 0, evals_a_step * steps
+    stage1, stage2 = path.about.get("network_evals", 0) if path else 0, evals_a_step * steps
     disback.save_json(args.out / "metrics.json", {
         **problem.about, "method": "disback" if args.target == "path" else "vsd",
         "fake_init": fake_init, "node": walk.node, "steps": steps,
@@ -114,6 +118,9 @@ def main(argv: list[str]) -> None:
         "peak_memory_bytes": torch.cuda.max_memory_allocated() or resident,
         **problem.evaluate(ema.module)})
     problem.draw(args.out, path, args.compare)
+    if walk.node > 0:
+        print(f"note: the target is still node {walk.node}; more --steps reach the teacher",
+              file=sys.stderr)
 
 
 def save_state(out: Path, parts: dict, walk: disback.Walk, settings: dict, step: int,
@@ -132,20 +139,25 @@ def save_state(out: Path, parts: dict, walk: disback.Walk, settings: dict, step:
 
 def load_state(out: Path, parts: dict, walk: disback.Walk, settings: dict) -> tuple[int, float]:
     """Go back to the checkpoint, and log.jsonl with it; returns its step and the seconds spent."""
+    file, kept = out / "state.pt", []
     try:
-        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise disback.Refusal(f"{out / 'state.pt'} cannot be resumed: {error}") from error
-    disback.must_agree(out / "state.pt", state["settings"], settings)
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    walk.node, walk.age, walk.mismatch = state["walk"]
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        disback.must_agree(file, state["settings"], settings)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        walk.node, walk.age, walk.mismatch = state["walk"]
+        torch.set_rng_state(state["random"][0])
+        torch.cuda.set_rng_state_all(state["random"][1:])
+    except (OSError, EOFError, RuntimeError, LookupError, TypeError, UnpicklingError) as error:
+        raise disback.Refusal(f"{file} is missing or not a checkpoint of this run "
+                              f"({type(error).__name__}): start again with --overwrite") from error
     if walk.path:
         walk.path.load(walk.node, walk.target)
-    torch.set_rng_state(state["random"][0])
-    torch.cuda.set_rng_state_all(state["random"][1:])
     with open(out / "log.jsonl") as lines:
-        kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+        for line in lines:  # as far as the checkpoint; the last line may be torn
+            kept.append(line)
+            if json.loads(line)["step"] == state["step"]:
+                break
     disback.atomically(out / "log.jsonl", lambda file: file.write_text("".join(kept)))
     return state["step"], state["seconds"]
 

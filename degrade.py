@@ -42,8 +42,8 @@ def main(argv: list[str]) -> None:
         recorder.offer(degraded, step)
 
         total += loss.detach()
-        if step % config.log_every == 0:
-            mean, total = float(total) / config.log_every, 0.0
+        if step % config.log_every == 0 or step == steps:
+            mean, total = float(total) / ((step - 1) % config.log_every + 1), 0.0
             disback.log(args.out / "path" / "log.jsonl", step, "degrading", loss=mean)
             progress.set_postfix(loss=f"{mean:.3g}")
 

@@ -108,6 +108,8 @@ class Recorder:
         self.evals += len(answer)
         self.d_teacher = answer if step == 0 else self.d_teacher
         position = distance(answer, self.d_teacher, self.probe[1]).item()
+        if not math.isfinite(position):
+            raise Refusal(f"the model is not finite at step {step}: try a lower learning rate")
         file = self.folder / f"step-{step}.safetensors"
         save_tensors(file, net.state_dict())
         self.kept.append((position, step, file))
@@ -115,6 +117,8 @@ class Recorder:
 
     def close(self, **about: Any) -> "Path":
         """Thin to N + 1 nodes, number them, write path.json with `about` as well, and open it."""
+        if self.kept[-1][1] != max(self.looks):
+            raise ValueError(f"the last step, {max(self.looks)}, was never offered")
         self._thin(self.nodes + 1)
         positions, steps, candidates = zip(*self.kept)
         files = [self.folder / f"{node:02d}.safetensors" for node in range(len(candidates))]
@@ -149,10 +153,15 @@ class Path:
     was recorded with another value of a field in `about`, or whose files are not as recorded."""
 
     def __init__(self, folder: str | File, about: dict[str, Any] | None = None):
-        self.about = load_json(File(folder) / "path.json", "record a path with degrade.py first")
+        self.folder = File(folder)
+        self.about = load_json(self.folder / "path.json", "record a path with degrade.py first")
         must_agree(folder, self.about, about or {})
-        hashes = self.about.get("sha256") or refuse(f"{folder}/path.json lists no nodes")
-        self.files = [File(folder) / f"{node:02d}.safetensors" for node in range(len(hashes))]
+        hashes, positions = self.about.get("sha256"), self.about.get("positions")
+        if not isinstance(hashes, list) or not isinstance(positions, list) or not hashes or (
+                len(hashes) != len(positions)):
+            raise Refusal(f"{folder}/path.json lists no nodes: record the path again")
+        self.spacing = positions[-1] / max(len(hashes) - 1, 1)
+        self.files = [self.folder / f"{node:02d}.safetensors" for node in range(len(hashes))]
         for file, expected in zip(self.files, hashes):
             if not file.is_file() or sha256(file) != expected:
                 raise Refusal(f"{file} is not the node that was recorded: record the path again")
@@ -171,7 +180,7 @@ class Walk:
     `target` holds the teacher's weights; a switch copies a node's over them. Without a path, or
     with the teacher alone on it, this is plain VSD. A node lasts `interval` iterations; where
     `adaptive`, as many intervals, at most 10, as it takes for the mean mismatch degree of one to
-    fall to the mean distance between neighbouring nodes: then the fake has caught up.
+    fall to 1 part in N of the last node's distance from the teacher: the fake has caught up.
     """
 
     def __init__(self, path: Path | None, target: nn.Module, interval: int, adaptive: bool = False):
@@ -188,8 +197,7 @@ class Walk:
         if self.age % self.interval:
             return False
         mean, self.mismatch = self.mismatch / self.interval, 0.0
-        caught_up = self.path.about["positions"][-1] / (len(self.path) - 1)
-        if self.adaptive and self.age < 10 * self.interval and mean > caught_up:
+        if self.adaptive and self.age < 10 * self.interval and mean > self.path.spacing:
             return False
         self.node, self.age = self.node - 1, 0
         self.path.load(self.node, self.target)
@@ -251,6 +259,8 @@ def start(stage: str, doc: str, argv: list[str], **flags: dict) -> tuple[Any, Pr
         add_fields(parser, stage, module.PRESETS)
         parser.set_defaults(out=File("runs", name))
     args = parser.parse_args(argv)
+    if not 0 <= args.seed < 2**63:
+        refuse(f"--seed must be from 0 to 2**63 - 1, not {args.seed}")
     changes = {key[7:]: value for key, value in vars(args).items() if key.startswith("config.")}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     problem = module.make(args.preset, args.seed, device, **changes)
@@ -306,10 +316,10 @@ def claim(args: argparse.Namespace, stage: str, names: tuple[str, ...], settings
     taken = [args.out / name for name in names if (args.out / name).exists()]
     if taken and not args.overwrite:
         raise Refusal(f"{taken[0]} exists: name another --out, or replace the run by --overwrite")
-    for old in taken:
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
     file = args.out / "config.json"
     stages = load_json(file, "remove it") if file.exists() else {}
+    for old in taken:
+        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     stages[stage] = {"problem": args.problem, "preset": args.preset, "seed": args.seed, **settings,
                      "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
     save_json(file, stages)

@@ -75,6 +75,19 @@ def test_mismatch_degree_is_the_mean_distance_of_the_denoisers_over_sigma_plus_h
     assert zero.item() == 0.0
 
 
+def test_vsd_asks_both_networks_at_the_same_noised_samples():
+    torch.manual_seed(0)
+    asked, x0, sigma = [], torch.zeros(50_000, 1), torch.full((50_000, 1), 0.7)
+
+    def net(x, sigma, cond):
+        asked.append(x)
+        return x
+
+    disback.vsd_loss(x0, sigma, net, net, None, "x0")
+    assert torch.equal(asked[0], asked[1])
+    assert asked[0].std().item() == pytest.approx(0.7, rel=0.02)
+
+
 def test_no_gradient_of_the_students_loss_reaches_fake_or_target(gaussian):
     fake, target = gaussian(1.0, 0.5), gaussian(0.0, 1.0)
     x0 = double(8, 1).requires_grad_()

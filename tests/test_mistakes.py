@@ -40,6 +40,9 @@ def refused(capsys, monkeypatch, main, argv):
     (["toy2d", "--lr-degrade", "nan"], "lr_degrade"),
     (["toy2d", "--ema", "1"], "ema"),
     (["toy2d", "--spacing", "square"], "square"),
+    (["toy2d", "--seed", "-1"], "--seed"),
+    (["toy2d", "--seed", "9" * 30], "--seed"),
+    (["toy2d", "--sigma-min", "30"], "sigma_min"),
     (["toy2d", "--steps", "20", "--nodes", "21"], "nodes"),
 ])
 def test_words_that_make_no_sense_are_refused_by_name(capsys, monkeypatch, tmp_path, words, cause):
@@ -97,8 +100,38 @@ def test_resuming_what_is_not_there_or_was_run_with_other_flags_is_refused(
     line = refused(capsys, monkeypatch, backtrack.main, [*back, "--lr-fake", "0.5", "--resume"])
     assert "lr_fake" in line
     state = tmp_path / "state.pt"
-    state.write_bytes(state.read_bytes()[:-500])
+    whole = state.read_bytes()
+    for broken in (whole[:-500], b"", b"not a checkpoint"):
+        state.write_bytes(broken)
+        assert "state.pt" in refused(capsys, monkeypatch, backtrack.main, [*back, "--resume"])
+    torch.save({"step": 3}, state)
     assert "state.pt" in refused(capsys, monkeypatch, backtrack.main, [*back, "--resume"])
+    state.write_bytes(whole)
+    path = tmp_path / "path" / "path.json"
+    path.write_text(path.read_text() + "\n")  # another path than the run's
+    assert "path" in refused(capsys, monkeypatch, backtrack.main, [*back, "--resume"])
+
+
+def test_comparing_with_what_is_no_run_is_refused_before_anything_is_done(
+        recorded, capsys, monkeypatch, tmp_path):
+    argv = ["toy2d", "--out", tmp_path / "run", "--path", recorded / "path", *BACKTRACK]
+    line = refused(capsys, monkeypatch, backtrack.main, [*argv, "--compare", tmp_path])
+    assert "--compare" in line and not (tmp_path / "run").exists()
+
+
+def test_overwriting_deletes_nothing_before_it_has_read_what_it_must(
+        recorded, capsys, monkeypatch, tmp_path):
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text("{")
+    again = ["toy2d", "--out", tmp_path, *DEGRADE, "--overwrite"]
+    assert "config.json" in refused(capsys, monkeypatch, degrade.main, again)
+    assert len(disback.Path(tmp_path / "path")) == 5
+
+
+def test_a_stage_1_whose_weights_overflow_records_no_path(capsys, monkeypatch, tmp_path):
+    argv = ["toy2d", "--out", tmp_path, *DEGRADE, "--lr-degrade", "1e30", "--log-every", "99"]
+    assert "not finite" in refused(capsys, monkeypatch, degrade.main, argv)
+    assert not (tmp_path / "path" / "path.json").exists()
 
 
 def test_a_run_that_diverges_stops_with_its_step_and_node_and_keeps_the_last_checkpoint(
@@ -123,7 +156,7 @@ def test_degrading_that_diverges_stops_with_its_step(capsys, monkeypatch, tmp_pa
     monkeypatch.setattr(disback, "score_matching_loss",
                         lambda net, *args: next(net.parameters()).sum() * float("nan"))
     line = refused(capsys, monkeypatch, degrade.main, ["toy2d", "--out", tmp_path / "r", *DEGRADE])
-    assert "step 10" in line
+    assert "step 1:" in line
     assert not (tmp_path / "r" / "path" / "path.json").exists()
 
 

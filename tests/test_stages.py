@@ -70,7 +70,8 @@ def test_logging_and_saving_more_often_change_no_bit(recorded, tmp_path, no_figu
     assert same(often, backtracked(recorded, tmp_path / "seldom"))
 
 
-@pytest.mark.parametrize("flags", [[], ["--switch", "adaptive"], ["--fake-updates", "2"]])
+@pytest.mark.parametrize("flags", [
+    ["--interval", "3"], ["--switch", "adaptive", "--interval", "3"], ["--fake-updates", "2"]])
 def test_a_run_that_is_cut_off_resumes_to_the_same_bits(recorded, tmp_path, no_figures, monkeypatch,
                                                         flags):
     whole = backtracked(recorded, tmp_path / "whole", *flags)
@@ -92,6 +93,64 @@ def test_a_run_that_is_cut_off_resumes_to_the_same_bits(recorded, tmp_path, no_f
     lines = (tmp_path / "cut" / "log.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
     assert steps == [8, 10, 16, 20]  # the lines after the checkpoint, of step 8, are not doubled
+
+
+def test_a_torn_last_line_of_the_log_does_not_stop_a_resumed_run(recorded, tmp_path, no_figures):
+    whole = backtracked(recorded, tmp_path)
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"step": 2')
+    backtrack.main(["toy2d", "--out", str(tmp_path), *BACKTRACK, "--resume"])
+    assert same(whole, load_file(tmp_path / "student.safetensors"))
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"] == 20
+
+
+def test_a_short_run_takes_the_student_most_of_the_way_to_the_data(tmp_path, no_figures):
+    backtrack.main(["toy2d", "--out", str(tmp_path), "--target", "teacher", *BACKTRACK,
+                    "--steps", "120", "--lr-student", "0.02", "--lr-fake", "0.02"])
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["swd"] < lines[0]["swd"] / 2
+
+
+def test_the_fake_starts_at_the_last_node_and_learns_with_the_problems_weight(
+        recorded, tmp_path, no_figures, monkeypatch):
+    vsd_loss, score_matching, first, weights = disback.vsd_loss, disback.score_matching_loss, [], []
+
+    def spy(x0, sigma, fake, *rest):
+        first.append({k: v.clone() for k, v in fake.state_dict().items()})
+        return vsd_loss(x0, sigma, fake, *rest)
+
+    def spy_weight(net, x0, sigma, cond, weight):
+        weights.append((sigma, weight))
+        return score_matching(net, x0, sigma, cond, weight)
+
+    monkeypatch.setattr(disback, "vsd_loss", spy)
+    monkeypatch.setattr(disback, "score_matching_loss", spy_weight)
+    backtracked(recorded, tmp_path)
+    assert same(first[0], load_file(recorded / "path" / "04.safetensors"))
+    for sigma, weight in weights:  # sigma_data is 1: EDM's weight is 1 + 1 / sigma^2
+        torch.testing.assert_close(weight, 1 + sigma**-2)
+
+
+def test_the_student_that_is_saved_is_the_moving_average(recorded, tmp_path, no_figures):
+    def raw(out):
+        return torch.load(out / "state.pt", weights_only=True)["student"]
+
+    slow = backtracked(recorded, tmp_path / "slow")
+    assert not same(slow, raw(tmp_path / "slow"))
+    forgetful = backtracked(recorded, tmp_path / "fast", "--ema", "1e-9")
+    for name, value in raw(tmp_path / "fast").items():
+        torch.testing.assert_close(forgetful[name], value)
+
+
+def test_the_denoiser_is_the_raw_network_under_edms_preconditioning():
+    torch.manual_seed(0)
+    net, x, sigma = model.Denoiser(16, 1, 0.5), torch.randn(4, 2), torch.tensor(
+        [[0.1], [0.5], [2.0], [20.0]])
+    phase = sigma.log() / 4 * torch.tensor([1.0, 2.0, 4.0, 8.0])
+    scaled = x / (sigma**2 + 0.25).sqrt()
+    raw = net.net(torch.cat([scaled, phase.sin(), phase.cos()], dim=1))
+    expected = 0.25 / (sigma**2 + 0.25) * x + sigma * 0.5 / (sigma**2 + 0.25).sqrt() * raw
+    torch.testing.assert_close(net(x, sigma), expected)
 
 
 @pytest.mark.parametrize("fake_updates", [1, 3])

@@ -25,6 +25,7 @@ def draw(out: Path, path: disback.Path | None, compare: Path | None, net: nn.Mod
 
     `net` is a denoiser that the nodes are loaded into; sample(net, n) draws n points from it.
     """
+    net = net.cpu()  # the figures' points lie there
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
     snapshots = read_snapshots(out)

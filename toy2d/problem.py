@@ -56,6 +56,8 @@ class Config:
 
     def __post_init__(self) -> None:
         disback.check_config(self)
+        if self.sigma_min >= self.sigma_max:
+            raise disback.Refusal(f"sigma_min {self.sigma_min} must be below sigma_max")
 
 
 PRESETS = {name: Config(data=name) for name in ("ring", "grid", "uneven")}
@@ -98,7 +100,7 @@ def make(preset: str = "ring", seed: int = 0, device: torch.device | str = "cpu"
     torch.set_num_threads(1)
     config = replace(PRESETS[preset], **changes)
     data = getattr(mixture, config.data)()
-    teacher = trained_teacher(config, data)
+    teacher, teacher_sha256 = trained_teacher(config, data)
     torch.manual_seed(seed)
     student = (Untrained(config) if config.start == "off"
                else TeacherCopy(copy.deepcopy(teacher), config.start_sigma))
@@ -107,7 +109,7 @@ def make(preset: str = "ring", seed: int = 0, device: torch.device | str = "cpu"
         return karras_sigma(n, config).to(device)
 
     about = {"problem": "toy2d", "preset": preset, "seed": seed}
-    about |= {name: getattr(config, name) for name in OF_PATH}
+    about |= {name: getattr(config, name) for name in OF_PATH} | {"teacher_sha256": teacher_sha256}
     return disback.Problem(
         config=config, about=about,
         teacher=teacher.to(device), student=student.to(device),
@@ -131,8 +133,9 @@ def score_weight(sigma: Tensor, sigma_data: float) -> Tensor:
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
-def trained_teacher(config: Config, data: mixture.Mixture) -> model.Denoiser:
-    """The teacher from the cache, or trained into it; its file is named by all it depends on."""
+def trained_teacher(config: Config, data: mixture.Mixture) -> tuple[model.Denoiser, str]:
+    """The teacher from the cache, or trained into it, and its file's hash; the file is named by all
+    that the teacher depends on."""
     torch.manual_seed(0)
     net = model.Denoiser(config.width, config.depth, config.sigma_data)
     source = "".join(map(inspect.getsource, (model, mixture, train, karras_sigma, score_weight)))
@@ -145,7 +148,7 @@ def trained_teacher(config: Config, data: mixture.Mixture) -> model.Denoiser:
         cache.mkdir(parents=True, exist_ok=True)
         disback.save_tensors(file, net.state_dict())
     disback.load_net(file, net)
-    return net
+    return net, disback.sha256(file)
 
 
 def train(net: model.Denoiser, config: Config, data: mixture.Mixture) -> None:
