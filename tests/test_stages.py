@@ -95,6 +95,23 @@ def test_a_run_that_is_cut_off_resumes_to_the_same_bits(recorded, tmp_path, no_f
     assert steps == [8, 10, 16, 20]  # the lines after the checkpoint, of step 8, are not doubled
 
 
+def test_a_resumed_walk_has_its_node_its_age_and_its_sum_of_mismatches(
+        recorded, tmp_path, no_figures, monkeypatch):
+    flags = ["--switch", "adaptive", "--interval", "3"]  # 20 iterations end inside an interval
+    backtracked(recorded, tmp_path, *flags)
+    walks, walk_class = [], disback.Walk
+
+    def remember(*args):
+        walks.append(walk_class(*args))
+        return walks[-1]
+
+    monkeypatch.setattr(disback, "Walk", remember)
+    backtrack.main(["toy2d", "--out", str(tmp_path), *BACKTRACK, *flags, "--resume"])
+    node, age, mismatch = torch.load(tmp_path / "state.pt", weights_only=True)["walk"]
+    assert node > 0 and age % 3 == 2 and mismatch > 0
+    assert (walks[0].node, walks[0].age, walks[0].mismatch) == (node, age, mismatch)
+
+
 def test_a_torn_last_line_of_the_log_does_not_stop_a_resumed_run(recorded, tmp_path, no_figures):
     whole = backtracked(recorded, tmp_path)
     with open(tmp_path / "log.jsonl", "a") as log:
