@@ -6,14 +6,11 @@ import dataclasses
 import functools
 import json
 import math
-import resource
-import sys
 import time
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import disback
@@ -32,7 +29,6 @@ def main(argv: list[str]) -> None:
     fake_init = args.fake_init or ("degraded" if args.target == "path" else "teacher")
     path = None if (args.target, fake_init) == ("teacher", "teacher") else disback.Path(
         args.path or args.out / "path", problem.about)
-
     if args.compare:
         disback.load_json(args.compare / "metrics.json", "--compare takes a finished run")
 
@@ -44,7 +40,8 @@ def main(argv: list[str]) -> None:
     walk = disback.Walk(path if args.target == "path" else None, target, config.interval,
                         config.switch == "adaptive")
     guided = functools.partial(problem.guide, target)
-    ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    ema, average = copy.deepcopy(student), get_ema_multi_avg_fn(config.ema)
+    weights, ema_weights = list(student.parameters()), list(ema.parameters())
     adam = functools.partial(torch.optim.AdamW, betas=(config.beta1, config.beta2),
                              weight_decay=config.weight_decay, fused=True)
     adam_student, adam_fake = adam(student.parameters()), adam(fake.parameters())
@@ -52,12 +49,8 @@ def main(argv: list[str]) -> None:
                  adam_fake=adam_fake)
 
     snapshot_inputs = problem.sample_inputs(problem.snapshot)
-    settings = problem.about | dataclasses.asdict(config)
-    settings |= {"target": args.target, "fake_init": fake_init,
-                 "path": path and disback.sha256(path.folder / "path.json")}
-    done, seconds = load_state(args.out, parts, walk, settings) if args.resume else (0, 0.0)
-    if not args.resume:
-        disback.claim(args, "backtrack", disback.RESULTS, settings)
+    settings = {**problem.about, **dataclasses.asdict(config), "target": args.target,
+                "fake_init": fake_init, "path": path and disback.sha256(path.folder / "path.json")}
 
     # In forwards of the network, an update of the student costs 5: its own forward, the backward's
     # 2, fake and target; one of the fake 3. The first takes the student's sample, others draw one.
@@ -66,12 +59,14 @@ def main(argv: list[str]) -> None:
 
     def snapshot(step):
         with torch.no_grad():
-            x0 = problem.generate(ema.module, *snapshot_inputs)
+            x0 = problem.generate(ema, *snapshot_inputs)
         disback.save_tensors(args.out / "snapshots" / f"{step:07d}.safetensors",
                              {"x0": x0, "node": torch.tensor(walk.node)})
 
     if not args.resume:
+        disback.claim(args, "backtrack", disback.RESULTS, settings)
         snapshot(0)
+    done, seconds = load_state(args.out, parts, walk, settings) if args.resume else (0, 0.0)
     began, totals, since = time.perf_counter() - seconds, 0.0, done
     for step in (progress := tqdm(range(done + 1, steps + 1), "backtrack", steps, initial=done)):
         decay = (1 + math.cos(math.pi * (step - 1) / steps)) / 2 if config.decay == "cosine" else 1
@@ -80,7 +75,7 @@ def main(argv: list[str]) -> None:
         sigma = problem.sample_sigma_vsd(batch)
         loss, mismatch = disback.vsd_loss(x0, sigma, fake, guided, cond, config.weighting)  # Eq. 8
         disback.update(adam_student, loss, config.lr_student * decay)
-        ema.update_parameters(student)
+        average(ema_weights, weights, None)
 
         for i in range(k):
             if i > 0:
@@ -99,38 +94,32 @@ def main(argv: list[str]) -> None:
             totals, since = 0.0, step
             disback.log(args.out / "log.jsonl", step, walk.node, loss_fake=mean_fake,
                         mismatch=mean_mismatch, network_evals=evals_a_step * step,
-                        seconds=time.perf_counter() - began, **problem.evaluate(ema.module))
+                        seconds=time.perf_counter() - began, **problem.evaluate(ema))
             progress.set_postfix(node=walk.node, mismatch=f"{mean_mismatch:.3g}")
         if walk.step(mismatch) or save:
             snapshot(step)
         if save:
             save_state(args.out, parts, walk, settings, step, time.perf_counter() - began)
 
-    disback.save_tensors(args.out / "student.safetensors", ema.module.state_dict())
-    unit = 1 if sys.platform == "darwin" else 1024
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    disback.save_tensors(args.out / "student.safetensors", ema.state_dict())
     stage1, stage2 = path.about.get("network_evals", 0) if path else 0, evals_a_step * steps
     disback.save_json(args.out / "metrics.json", {
         **problem.about, "method": "disback" if args.target == "path" else "vsd",
         "fake_init": fake_init, "node": walk.node, "steps": steps,
-        "seconds": time.perf_counter() - began,
+        "peak_memory_bytes": disback.peak_memory(), "seconds": time.perf_counter() - began,
         "network_evals": {"stage1": stage1, "stage2": stage2, "total": stage1 + stage2},
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() or resident,
-        **problem.evaluate(ema.module)})
+        **problem.evaluate(ema)})
     problem.draw(args.out, path, args.compare)
     if walk.node > 0:
-        print(f"note: the target is still node {walk.node}; more --steps reach the teacher",
-              file=sys.stderr)
+        print(f"note: the target is still node {walk.node}; more --steps reach the teacher")
 
 
-def save_state(out: Path, parts: dict, walk: disback.Walk, settings: dict, step: int,
-               seconds: float) -> None:
+def save_state(out: Path, parts: dict, walk: disback.Walk, settings, step, seconds) -> None:
     """Write all that a resumed run needs; what is not finite never replaces what was good."""
-    for name in ("student", "fake"):
-        if not all(p.isfinite().all() for p in parts[name].parameters()):
-            raise disback.Refusal(f"a weight of the {name} is not finite at step {step}: try lower "
-                                  f"learning rates; {out / 'state.pt'} is kept as it was")
     state = {name: part.state_dict() for name, part in parts.items()}
+    if not all(t.isfinite().all() for name in ("student", "fake") for t in state[name].values()):
+        raise disback.Refusal(f"a weight is not finite at step {step}: try lower learning rates; "
+                              f"{out / 'state.pt'} is kept as it was")
     state |= {"step": step, "seconds": seconds, "settings": settings,
               "walk": (walk.node, walk.age, walk.mismatch),
               "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
@@ -139,8 +128,9 @@ def save_state(out: Path, parts: dict, walk: disback.Walk, settings: dict, step:
 
 def load_state(out: Path, parts: dict, walk: disback.Walk, settings: dict) -> tuple[int, float]:
     """Go back to the checkpoint, and log.jsonl with it; returns its step and the seconds spent."""
-    file, kept = out / "state.pt", []
-    try:
+    file, log = out / "state.pt", out / "log.jsonl"
+    with disback.blame(f"{file} is missing or not a checkpoint of this run: start again with "
+                       "--overwrite"):
         state = torch.load(file, map_location="cpu", weights_only=True)
         disback.must_agree(file, state["settings"], settings)
         for name, part in parts.items():
@@ -148,17 +138,11 @@ def load_state(out: Path, parts: dict, walk: disback.Walk, settings: dict) -> tu
         walk.node, walk.age, walk.mismatch = state["walk"]
         torch.set_rng_state(state["random"][0])
         torch.cuda.set_rng_state_all(state["random"][1:])
-    except (OSError, EOFError, RuntimeError, LookupError, TypeError, UnpicklingError) as error:
-        raise disback.Refusal(f"{file} is missing or not a checkpoint of this run "
-                              f"({type(error).__name__}): start again with --overwrite") from error
     if walk.path:
         walk.path.load(walk.node, walk.target)
-    with open(out / "log.jsonl") as lines:
-        for line in lines:  # as far as the checkpoint; the last line may be torn
-            kept.append(line)
-            if json.loads(line)["step"] == state["step"]:
-                break
-    disback.atomically(out / "log.jsonl", lambda file: file.write_text("".join(kept)))
+    lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n")]  # untorn
+    kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+    disback.atomically(log, lambda file: file.write_text("".join(kept)))
     return state["step"], state["seconds"]
 
 

@@ -4,19 +4,67 @@ initial, frozen student, and keep nodes of the path that it takes."""
 import copy
 import dataclasses
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from tqdm import trange
 
 import disback
 
 
+class Recorder:
+    """Writes nodes of a model while it is trained; node 0 is the teacher, node N the last state.
+
+    Between, "linear" and "log" space them in steps, "arc" equally in disback.distance from the
+    teacher on `probe` = (x, sigma, cond), noised samples of the student. As that is known only at
+    the end, "arc" looks at 4N log-spaced steps and, of more than 2N candidates, drops the most
+    crowded. No second model is in memory; `evals` counts the probe's forwards.
+    """
+
+    def __init__(self, folder: str | Path, teacher: nn.Module, nodes: int, steps: int,
+                 probe: tuple[Tensor, Tensor, Any], spacing: str = "arc"):
+        self.folder, self.nodes, self.probe, self.evals = Path(folder), nodes, probe, 0
+        assert 1 <= nodes <= steps
+        looks = min(4 * nodes, steps) if spacing == "arc" else nodes
+        self.looks = {0, *(round(steps * i / looks) if spacing == "linear" else
+                           max(i, int(steps ** (i / looks))) for i in range(1, looks + 1))}
+        self.kept: list[tuple[float, int, Path]] = []  # position, step and file of a candidate
+        self.offer(teacher, 0)
+
+    @torch.no_grad()
+    def offer(self, net: nn.Module, step: int) -> None:
+        """Call after every step, counted from 1: writes a copy of `net` where one is due."""
+        if step not in self.looks:
+            return
+        answer = net(*self.probe)
+        self.evals += len(answer)
+        self.d_teacher = answer if step == 0 else self.d_teacher
+        position = disback.distance(answer, self.d_teacher, self.probe[1]).item()
+        file = self.folder / f"step-{step}.safetensors"
+        disback.save_tensors(file, net.state_dict())
+        disback.log(self.folder / "log.jsonl", step, "degrading", position=position)
+        self.kept.append((position, step, file))
+        self._thin(2 * self.nodes)
+
+    def close(self, **about: Any) -> disback.Path:
+        """Thin to N + 1 nodes, number them, write path.json with `about` as well, and open it."""
+        assert self.kept[-1][1] == max(self.looks), "every step must be offered"
+        self._thin(self.nodes + 1)
+        positions, steps, files = zip(*self.kept)
+        return disback.Path.create(self.folder, files, steps=steps, positions=positions, **about)
+
+    def _thin(self, most: int) -> None:
+        while len(self.kept) > most:
+            at = [position for position, _, _ in self.kept]
+            crowded = min(range(1, len(at) - 1), key=lambda i: at[i + 1] - at[i - 1])
+            self.kept.pop(crowded)[2].unlink()
+
+
 def main(argv: list[str]) -> None:
     args, problem = disback.start("degrade", __doc__, argv)
     config, batch, steps = problem.config, problem.config.batch, problem.config.degrade_steps
-    disback.node_steps(config.spacing, config.nodes, steps)  # refuses more nodes than steps
-    disback.claim(args, "degrade", ("path", *disback.RESULTS), dataclasses.asdict(config))
-
     degraded = copy.deepcopy(problem.teacher)  # s'_theta, which forgets on the way to the student
     optimizer = torch.optim.AdamW(degraded.parameters(), betas=(config.beta1, config.beta2),
                                   weight_decay=config.weight_decay, fused=True)
@@ -29,23 +77,18 @@ def main(argv: list[str]) -> None:
 
     x0, sigma, cond = sample_student()
     probe = (x0 + sigma * torch.randn_like(x0), sigma, cond)
-    recorder = disback.Recorder(args.out / "path", problem.teacher, config.nodes, steps,
-                                probe, config.spacing)
-
-    began, total = time.perf_counter(), 0.0
-    progress = trange(1, steps + 1, desc="degrade")
-    for step in progress:
+    disback.claim(args, "degrade", ("path", *disback.RESULTS), dataclasses.asdict(config))
+    folder, began = args.out / "path", time.perf_counter()
+    recorder = Recorder(folder, problem.teacher, config.nodes, steps, probe, config.spacing)
+    for step in (progress := trange(1, steps + 1, desc="degrade")):
         x0, sigma, cond = sample_student()
         weight = problem.score_weight(sigma)
         loss = disback.score_matching_loss(degraded, x0, sigma, cond, weight)  # Eq. 7
         disback.update(optimizer, loss, config.lr_degrade)
         recorder.offer(degraded, step)
-
-        total += loss.detach()
         if step % config.log_every == 0 or step == steps:
-            mean, total = float(total) / ((step - 1) % config.log_every + 1), 0.0
-            disback.log(args.out / "path" / "log.jsonl", step, "degrading", loss=mean)
-            progress.set_postfix(loss=f"{mean:.3g}")
+            disback.log(folder / "log.jsonl", step, "degrading", loss=loss.item())
+            progress.set_postfix(loss=f"{loss.item():.3g}")
 
     # In forwards of the network a step costs 4: the student's, and a forward and a backward of 3.
     recorder.close(**problem.about, spacing=config.spacing, seconds=time.perf_counter() - began,

@@ -7,7 +7,7 @@ is (D(x, sigma, cond) - x) / sigma**2.
 | paper                               | here                           | where          |
 |-------------------------------------|--------------------------------|----------------|
 | s_theta, the pre-trained score      | teacher                        | Problem        |
-| s'_theta_i, a node of the path      | node i; node 0 is the teacher  | Recorder, Path |
+| s'_theta_i, a node of the path      | node i; node 0 is the teacher  | Path           |
 | G_stu and its initial G^0_stu       | student                        | Problem        |
 | s_phi, the score of G_stu's samples | fake                           | backtrack.py   |
 | the score that G_stu is drawn to    | target                         | Walk           |
@@ -16,6 +16,7 @@ is (D(x, sigma, cond) - x) / sigma**2.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -23,11 +24,13 @@ import inspect
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path as File
+from resource import RUSAGE_SELF, getrusage
 from typing import Any, get_args
 
 import torch
@@ -81,73 +84,6 @@ def distance(d_a: Tensor, d_b: Tensor, sigma: Tensor) -> Tensor:
     return ((d_a - d_b).abs() / (sigma + 0.5)).mean()
 
 
-class Recorder:
-    """Degradation Recording: writes nodes of a model while it is trained (Algorithm 1).
-
-    Node 0 is the teacher, node N the model after the last step. Between, "linear" and "log" space
-    the nodes in steps, "arc" equally in distance() from the teacher on `probe` = (x, sigma, cond),
-    noised samples of the student. As that is known only at the end, "arc" looks at 4N log-spaced
-    steps and, of more than 2N candidates, drops the most crowded. No second model is in memory, at
-    most 2N + 1 are on disk; `evals` counts the probe's forwards.
-    """
-
-    def __init__(self, folder: str | File, teacher: nn.Module, nodes: int, steps: int,
-                 probe: tuple[Tensor, Tensor, Any], spacing: str = "arc"):
-        self.folder, self.nodes, self.probe, self.evals = File(folder), nodes, probe, 0
-        looks = min(4 * nodes, steps) if spacing == "arc" else nodes
-        self.looks = {0, *node_steps(spacing, looks, steps)}
-        self.kept: list[tuple[float, int, File]] = []  # position, step and file of a candidate
-        self.offer(teacher, 0)
-
-    @torch.no_grad()
-    def offer(self, net: nn.Module, step: int) -> None:
-        """Call after every step, counted from 1: writes a copy of `net` where one is due."""
-        if step not in self.looks:
-            return
-        answer = net(*self.probe)
-        self.evals += len(answer)
-        self.d_teacher = answer if step == 0 else self.d_teacher
-        position = distance(answer, self.d_teacher, self.probe[1]).item()
-        if not math.isfinite(position):
-            raise Refusal(f"the model is not finite at step {step}: try a lower learning rate")
-        file = self.folder / f"step-{step}.safetensors"
-        save_tensors(file, net.state_dict())
-        self.kept.append((position, step, file))
-        self._thin(2 * self.nodes)
-
-    def close(self, **about: Any) -> "Path":
-        """Thin to N + 1 nodes, number them, write path.json with `about` as well, and open it."""
-        if self.kept[-1][1] != max(self.looks):
-            raise ValueError(f"the last step, {max(self.looks)}, was never offered")
-        self._thin(self.nodes + 1)
-        positions, steps, candidates = zip(*self.kept)
-        files = [self.folder / f"{node:02d}.safetensors" for node in range(len(candidates))]
-        for candidate, file in zip(candidates, files):
-            os.replace(candidate, file)
-        nodes = {"steps": steps, "positions": positions, "sha256": [sha256(f) for f in files]}
-        save_json(self.folder / "path.json", about | nodes)
-        return Path(self.folder)
-
-    def _thin(self, most: int) -> None:
-        while len(self.kept) > most:
-            at = [position for position, _, _ in self.kept]
-            crowded = min(range(1, len(at) - 1), key=lambda i: at[i + 1] - at[i - 1])
-            self.kept.pop(crowded)[2].unlink()
-
-
-def node_steps(spacing: str, nodes: int, steps: int) -> list[int]:
-    """`nodes` distinct steps from 1 to `steps`, equally spaced in step or in log(step)."""
-    if not 1 <= nodes <= steps:
-        raise Refusal(f"--nodes must be at least 1 and at most --steps {steps}, not {nodes}")
-    if spacing == "linear":
-        return [round(steps * i / nodes) for i in range(1, nodes + 1)]
-    chosen = [0]
-    for i in range(1, nodes + 1):  # at least one further, and room for those that follow
-        step = max(chosen[-1] + 1, round(steps ** (i / nodes)))
-        chosen.append(min(step, steps - nodes + i))
-    return chosen[1:]
-
-
 class Path:
     """A recorded path: node 0 is the teacher, the last node the most degraded. Refuses a path that
     was recorded with another value of a field in `about`, or whose files are not as recorded."""
@@ -156,15 +92,22 @@ class Path:
         self.folder = File(folder)
         self.about = load_json(self.folder / "path.json", "record a path with degrade.py first")
         must_agree(folder, self.about, about or {})
-        hashes, positions = self.about.get("sha256"), self.about.get("positions")
-        if not isinstance(hashes, list) or not isinstance(positions, list) or not hashes or (
-                len(hashes) != len(positions)):
-            raise Refusal(f"{folder}/path.json lists no nodes: record the path again")
-        self.spacing = positions[-1] / max(len(hashes) - 1, 1)
+        with blame(f"{folder}/path.json lists no nodes: record the path again"):
+            hashes, farthest = list(self.about["sha256"]), float(self.about["positions"][-1])
+            self.spacing = farthest / (len(hashes) - 1)
         self.files = [self.folder / f"{node:02d}.safetensors" for node in range(len(hashes))]
         for file, expected in zip(self.files, hashes):
             if not file.is_file() or sha256(file) != expected:
                 raise Refusal(f"{file} is not the node that was recorded: record the path again")
+
+    @classmethod
+    def create(cls, folder: File, nodes: Sequence[File], **about: Any) -> "Path":
+        """Number the files of the nodes, teacher first, write path.json, and open the path."""
+        files = [folder / f"{node:02d}.safetensors" for node in range(len(nodes))]
+        for node, file in zip(nodes, files):
+            os.replace(node, file)
+        save_json(folder / "path.json", about | {"sha256": [sha256(file) for file in files]})
+        return cls(folder)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -177,15 +120,15 @@ class Path:
 class Walk:
     """The scheduler of Algorithm 2: the target visits nodes N-1, ..., 1, 0 and then stays at 0.
 
-    `target` holds the teacher's weights; a switch copies a node's over them. Without a path, or
-    with the teacher alone on it, this is plain VSD. A node lasts `interval` iterations; where
-    `adaptive`, as many intervals, at most 10, as it takes for the mean mismatch degree of one to
-    fall to 1 part in N of the last node's distance from the teacher: the fake has caught up.
+    `target` holds the teacher's weights; a switch copies a node's over them. Without a path this
+    is plain VSD. A node lasts `interval` iterations; where `adaptive`, as many intervals, at most
+    10, as it takes for the mean mismatch degree of one to fall to 1 part in N of the last node's
+    distance from the teacher: the fake has caught up.
     """
 
     def __init__(self, path: Path | None, target: nn.Module, interval: int, adaptive: bool = False):
         self.path, self.target, self.interval, self.adaptive = path, target, interval, adaptive
-        self.node, self.age, self.mismatch = max(len(path) - 2, 0) if path else 0, 0, 0.0
+        self.node, self.age, self.mismatch = len(path) - 2 if path else 0, 0, 0.0
         if path:
             path.load(self.node, target)
 
@@ -211,6 +154,18 @@ class Refusal(ValueError):
     """A mistake of the user's: one line with cause and remedy, exit status 2, no traceback."""
 
 
+@contextlib.contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Refuse, in the words of `what`, to go on with what fails inside: a file, mostly."""
+    try:
+        yield
+    except Refusal:
+        raise
+    except (OSError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError,
+            SafetensorError, pickle.UnpicklingError) as error:
+        raise Refusal(f"{what} ({type(error).__name__}: {error})") from error
+
+
 @dataclasses.dataclass
 class Problem:
     """All that a stage asks of a problem. cond is whatever its networks take; sigma comes in a
@@ -233,10 +188,12 @@ class Problem:
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Run a stage; a Refusal or a failing disk ends it with one line and status 2."""
+    """Run a stage; a Refusal, a failing disk or too little memory ends it in a line, status 2."""
     try:
         main(sys.argv[1:])
-    except (Refusal, OSError) as error:
+    except (Refusal, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
 
@@ -298,6 +255,9 @@ def check_config(config: Any) -> None:
             raise Refusal(f"{field.name} must be one of {', '.join(choices)}, not {value!r}")
         if not choices and not (0 < value < most or value == field.default == 0):
             raise Refusal(f"{field.name} must be above 0 and below {most}, not {value}")
+    if config.nodes > config.degrade_steps:
+        raise Refusal(f"nodes must be at most stage 1's steps, {config.degrade_steps}, not "
+                      f"{config.nodes}")
 
 
 def must_agree(what: File, then: dict, now: dict) -> None:
@@ -317,7 +277,7 @@ def claim(args: argparse.Namespace, stage: str, names: tuple[str, ...], settings
     if taken and not args.overwrite:
         raise Refusal(f"{taken[0]} exists: name another --out, or replace the run by --overwrite")
     file = args.out / "config.json"
-    stages = load_json(file, "remove it") if file.exists() else {}
+    stages = load_json(file, "remove it") if stage == "backtrack" and file.exists() else {}
     for old in taken:
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     stages[stage] = {"problem": args.problem, "preset": args.preset, "seed": args.seed, **settings,
@@ -344,17 +304,22 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
     optimizer.step()
 
 
+def peak_memory() -> int:
+    """In bytes: the accelerator's, or without one the process's."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return torch.cuda.max_memory_allocated() or unit * getrusage(RUSAGE_SELF).ru_maxrss
+
+
 def atomically(file: File, write: Callable[[File], Any]) -> None:
     """Write beside `file`, then rename: whatever happens, `file` is whole, the old or the new."""
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        with open(beside, "rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(beside, file)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise Refusal(f"cannot write {file}; what it held is kept ({error})") from error
+        with blame(f"cannot write {file}; what it held is kept"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write(beside)
+            with open(beside, "rb+") as handle:
+                os.fsync(handle.fileno())
+            os.replace(beside, file)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -365,10 +330,8 @@ def save_tensors(file: File, tensors: dict[str, Tensor]) -> None:
 
 def load_net(file: File, net: nn.Module) -> None:
     """Copy the weights in `file` over those of `net`, in place: all and only those, or Refusal."""
-    try:
+    with blame(f"{file} does not hold this network: remove it and make it again"):
         net.load_state_dict(load_file(file), strict=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise Refusal(f"{file} does not hold this network, make it again: {error}") from error
 
 
 def save_json(file: File, value: Any) -> None:
@@ -376,10 +339,8 @@ def save_json(file: File, value: Any) -> None:
 
 
 def load_json(file: File, remedy: str) -> dict:
-    try:
+    with blame(f"{file} cannot be read: {remedy}"):
         return dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise Refusal(f"{file} cannot be read: {remedy} ({error})") from error
 
 
 def sha256(file: File) -> str:

@@ -120,17 +120,43 @@ def test_comparing_with_what_is_no_run_is_refused_before_anything_is_done(
 
 
 def test_overwriting_deletes_nothing_before_it_has_read_what_it_must(
-        recorded, capsys, monkeypatch, tmp_path):
+        recorded, capsys, monkeypatch, tmp_path, no_figures):
     shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    back = ["toy2d", "--out", str(tmp_path), *BACKTRACK]
+    backtrack.main(back)
     (tmp_path / "config.json").write_text("{")
-    again = ["toy2d", "--out", tmp_path, *DEGRADE, "--overwrite"]
-    assert "config.json" in refused(capsys, monkeypatch, degrade.main, again)
+    assert "config.json" in refused(capsys, monkeypatch, backtrack.main, [*back, "--overwrite"])
+    assert (tmp_path / "student.safetensors").exists()
+
+
+def test_a_new_stage_1_takes_the_old_runs_results_and_settings_with_it(
+        recorded, tmp_path, no_figures):
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    backtrack.main(["toy2d", "--out", str(tmp_path), *BACKTRACK])
+    degrade.main(["toy2d", "--out", str(tmp_path), *DEGRADE, "--overwrite"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "path"]
+    assert list(json.loads((tmp_path / "config.json").read_text())) == ["degrade"]
+
+
+def test_too_large_a_batch_costs_a_line_and_no_old_run(recorded, capsys, monkeypatch, tmp_path):
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    argv = ["toy2d", "--out", tmp_path, *DEGRADE, "--batch", "1" + "0" * 15, "--overwrite"]
+    assert "allocate" in refused(capsys, monkeypatch, degrade.main, argv)
     assert len(disback.Path(tmp_path / "path")) == 5
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+    def broken(argv):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(sys, "argv", ["stage.py"])
+    with pytest.raises(RuntimeError, match="a defect"):
+        disback.run(broken)
 
 
 def test_a_stage_1_whose_weights_overflow_records_no_path(capsys, monkeypatch, tmp_path):
     argv = ["toy2d", "--out", tmp_path, *DEGRADE, "--lr-degrade", "1e30", "--log-every", "99"]
-    assert "not finite" in refused(capsys, monkeypatch, degrade.main, argv)
+    assert "position is inf at step 1," in refused(capsys, monkeypatch, degrade.main, argv)
     assert not (tmp_path / "path" / "path.json").exists()
 
 
@@ -156,7 +182,7 @@ def test_degrading_that_diverges_stops_with_its_step(capsys, monkeypatch, tmp_pa
     monkeypatch.setattr(disback, "score_matching_loss",
                         lambda net, *args: next(net.parameters()).sum() * float("nan"))
     line = refused(capsys, monkeypatch, degrade.main, ["toy2d", "--out", tmp_path / "r", *DEGRADE])
-    assert "step 1:" in line
+    assert "nan at step 1," in line
     assert not (tmp_path / "r" / "path" / "path.json").exists()
 
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import degrade
 import disback
 
 
@@ -27,7 +28,7 @@ PROBE = (torch.zeros(4, 2), torch.full((4, 1), 0.5), None)
 
 def record(folder, nodes=4, steps=20, spacing="linear", place=float, watch=lambda: None, **about):
     net = Shift()
-    recorder = disback.Recorder(folder, net, nodes, steps, PROBE, spacing)
+    recorder = degrade.Recorder(folder, net, nodes, steps, PROBE, spacing)
     for step in range(1, steps + 1):
         with torch.no_grad():
             net.shift.fill_(place(step))
@@ -104,11 +105,17 @@ def test_arc_spacing_divides_the_distance_where_the_network_moves_fast_then_slow
 
 
 @pytest.mark.parametrize("spacing", ["linear", "log"])
-@pytest.mark.parametrize("nodes, steps", [(1, 1), (1, 9), (7, 7), (10, 100), (50, 60), (3, 1000)])
-def test_node_steps_are_distinct_rise_and_end_at_the_last_step(spacing, nodes, steps):
-    found = disback.node_steps(spacing, nodes, steps)
-    assert len(set(found)) == nodes and sorted(found) == found
-    assert found[0] >= 1 and found[-1] == steps
+@pytest.mark.parametrize("nodes, steps", [
+    (1, 1), (1, 9), (7, 7), (10, 100), (50, 60), (3, 1000), (10, 58)])
+def test_nodes_lie_at_distinct_steps_that_rise_and_end_at_the_last(tmp_path, spacing, nodes, steps):
+    recorder = degrade.Recorder(tmp_path, Shift(), nodes, steps, PROBE, spacing)
+    found = sorted(recorder.looks)
+    assert len(found) == nodes + 1 and found[0] == 0 and found[-1] == steps
+    factors = torch.tensor(found[1:], dtype=torch.float64).log().diff().exp()
+    if spacing == "linear":
+        assert max(torch.tensor(found).diff()) - min(torch.tensor(found).diff()) <= 1
+    elif len(factors) and nodes**2 < steps:  # no step is pushed on by another
+        assert factors[-1].item() == pytest.approx(steps ** (1 / nodes), rel=0.05)
 
 
 @pytest.mark.parametrize("spacing", ["linear", "log", "arc"])

@@ -145,7 +145,8 @@ def trained_teacher(config: Config, data: mixture.Mixture) -> tuple[model.Denois
     file = cache / f"toy2d-{config.data}-{name}.safetensors"
     if not file.exists():
         train(net, config, data)
-        cache.mkdir(parents=True, exist_ok=True)
+        if not all(weight.isfinite().all() for weight in net.parameters()):
+            raise disback.Refusal("the teacher's training diverged: try a lower --teacher-lr")
         disback.save_tensors(file, net.state_dict())
     disback.load_net(file, net)
     return net, disback.sha256(file)
