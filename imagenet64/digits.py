@@ -8,7 +8,6 @@ stored as unsigned bytes. A pixel counts the inked cells among the 4 x 4 of a 32
 
 import hashlib
 import inspect
-import os
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 import disback
+from imagenet64 import download
 
 FILE = Path(__file__).parent / "digits.npz"
 HELD_OUT = 360  # images that the classifier is not trained on, a fifth
@@ -70,9 +70,8 @@ def classifier() -> Classifier:
     state is left as it was. Raises disback.Refusal where the cache cannot be written or read."""
     source = "".join(map(inspect.getsource, (load, split, Classifier, trained)))
     depends_on = repr((HELD_OUT, STEPS, BATCH, LR, NOISE, torch.__version__)) + disback.sha256(FILE)
-    cache = Path(os.environ.get("DISBACK_CACHE", Path.home() / ".cache" / "disback"))
     name = hashlib.sha256((source + depends_on).encode()).hexdigest()[:16]
-    file = cache / f"digits-classifier-{name}.safetensors"
+    file = download.cached(f"digits-classifier-{name}.safetensors")
     if not file.exists():
         disback.save_tensors(file, trained().state_dict())
     with torch.random.fork_rng(devices=[]):  # the layers draw initial weights, here for nothing
