@@ -1,0 +1,84 @@
+"""What the Fréchet distance is taken of: features of images by a fixed network, and those of data.
+
+Preset full: the 2048 features of Inception and NVIDIA's statistics of ImageNet-64, which make it
+FID. Preset tiny: the 64 features of a classifier of digits, and the digits themselves.
+"""
+
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import disback
+from imagenet64 import digits, download
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Features of uint8 images [n, *shape] by `net`; `about` says which network that is, and which
+    reference goes with it. Refuses images of another size or type."""
+
+    shape: tuple[int, int, int]  # channels, height, width
+    net: Callable[[Tensor], Tensor]
+    about: dict[str, str]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.shape:
+            raise disback.Refusal(f"images must be uint8 {list(self.shape)}, not {images.dtype} "
+                                  f"{list(images.shape[1:])}: is it the right --preset?")
+        return self.net(images)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1] as bytes, the way EDM stores its samples: 127.5 x + 128, truncated."""
+    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
+
+
+def of_digits(device: str) -> tuple[Extractor, tuple[Tensor, Tensor]]:
+    """Preset tiny: the digits' classifier, mean and covariance of its features of all digits."""
+    net = digits.classifier().to(device)
+    weights = b"".join(t.cpu().numpy().tobytes() for t in net.state_dict().values())
+    extractor = Extractor((1, 8, 8), lambda x: net.features(x.to(device) / 127.5 - 1),
+                          {"features_sha256": hashlib.sha256(weights).hexdigest(),
+                           "reference_sha256": disback.sha256(digits.FILE)})
+    features = extractor(to_uint8(digits.load()[0])).cpu().double()
+    return extractor, (features.mean(dim=0), features.T.cov())
+
+
+def of_inception(inception: Path, reference: Path,
+                 device: str) -> tuple[Extractor, tuple[Tensor, Tensor]]:
+    """Preset full: Inception from a TorchScript file, mu and sigma of the data from an .npz.
+    Refuses files that are not that."""
+    try:
+        net = torch.jit.load(inception, map_location=device).eval()
+        net(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device), return_features=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise disback.Refusal(f"{inception} is not the TorchScript Inception of "
+                              f"{download.INCEPTION}: {error}") from error
+    mean, cov = (torch.from_numpy(a).double() for a in read_npz(reference, "mu", "sigma"))
+    if mean.dim() != 1 or cov.shape != 2 * mean.shape or not (
+            mean.isfinite().all() and cov.isfinite().all()):
+        raise disback.Refusal(f"{reference} holds no mean and covariance: use the file of "
+                              f"{download.REFERENCE}")
+    extractor = Extractor((3, 64, 64), lambda x: net(x.to(device), return_features=True),
+                          {"features_sha256": disback.sha256(inception),
+                           "reference_sha256": disback.sha256(reference)})
+    return extractor, (mean, cov)
+
+
+def read_npz(file: Path, *names: str) -> list[np.ndarray]:
+    """The arrays of these names, none of them unpickled; Refusal where the file lacks one."""
+    try:
+        with np.load(file, allow_pickle=False) as data:
+            return [data[name] for name in names]
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile,
+            zlib.error) as error:
+        raise disback.Refusal(f"{file} is no .npz file with {' and '.join(names)}: {error}"
+                              ) from error

@@ -1,0 +1,98 @@
+"""The digits against what UCI says of them, and their classifier."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from imagenet64 import digits
+
+
+def test_the_digits_are_the_test_set_of_uci():
+    """Classes as counted in optdigits.names; pixels count 0 to 16 inked cells."""
+    images, labels = digits.load()
+    assert images.shape == (1797, 1, 8, 8) and images.dtype == torch.float32
+    assert labels.dtype == torch.int64
+    assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    cells = (images + 1) * 8
+    assert cells.unique().tolist() == [*range(17)]
+
+
+def test_the_first_digit_is_a_zero_dark_in_its_middle():
+    images, labels = digits.load()
+    cells = ((images[0, 0] + 1) * 8).int().tolist()
+    assert labels[0] == 0
+    assert cells[0] == [0, 0, 5, 13, 9, 1, 0, 0] and cells[3] == [0, 4, 12, 0, 0, 8, 8, 0]
+
+
+def test_the_two_parts_are_all_digits_each_once():
+    (train, train_labels), (held_out, held_out_labels) = digits.split()
+    images, labels = digits.load()
+    assert len(train) == 1437 and len(held_out) == 360
+    both = torch.cat([train, held_out]).flatten(1).numpy()
+    np.testing.assert_array_equal(np.sort(both, axis=0), np.sort(images.flatten(1).numpy(), axis=0))
+    assert torch.cat([train_labels, held_out_labels]).bincount().equal(labels.bincount())
+
+
+def test_the_classifier_knows_digits_that_it_has_not_seen():
+    _, (images, labels) = digits.split()
+    assert (digits.classifier().classes(images) == labels).float().mean() >= 0.98
+
+
+def test_the_classifier_has_64_features_from_which_alone_it_answers():
+    net = digits.classifier()
+    images = digits.load()[0][:50]
+    features = net.features(images)
+    assert features.shape == (50, 64)
+    torch.testing.assert_close(features @ net.head.weight.T + net.head.bias, net(images))
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+
+
+@pytest.fixture
+def empty_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("DISBACK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(digits, "STEPS", 20)
+    return tmp_path / "cache"
+
+
+def test_no_seed_of_the_users_changes_the_classifier_and_it_changes_no_random_state(empty_cache):
+    threads, weights = torch.get_num_threads(), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        weights.append(digits.trained().state_dict())
+        assert torch.get_rng_state().equal(before)
+        digits.classifier()  # trained into the cache, then read from it
+        assert torch.get_rng_state().equal(before)
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+    assert torch.get_num_threads() == threads
+
+
+def test_the_classifier_is_trained_once_and_again_when_its_training_changes(
+        empty_cache, monkeypatch):
+    first = digits.classifier().state_dict()
+    (file,) = empty_cache.iterdir()
+    written = file.stat().st_mtime_ns
+    assert all(t.equal(first[name]) for name, t in digits.classifier().state_dict().items())
+    assert file.stat().st_mtime_ns == written
+    monkeypatch.setattr(digits, "STEPS", 21)
+    assert not digits.classifier().head.weight.equal(first["head.weight"])
+    assert len(list(empty_cache.iterdir())) == 2
+
+
+def test_the_classifier_does_not_depend_on_the_number_of_threads(tmp_path):
+    """Two processes, as torch sets up its threads once."""
+    code = ("import torch; torch.set_num_threads({}); from imagenet64 import digits; "
+            "digits.STEPS = 5; digits.classifier()")
+    contents = []
+    for threads in (1, 2):
+        cache = tmp_path / str(threads)
+        subprocess.run([sys.executable, "-c", code.format(threads)], cwd=ROOT, check=True,
+                       capture_output=True, env=os.environ | {"DISBACK_CACHE": str(cache)})
+        (file,) = cache.iterdir()
+        contents.append((file.name, file.read_bytes()))
+    assert contents[0] == contents[1]

@@ -1,0 +1,326 @@
+"""The Fréchet distance against reference data, scipy and closed forms; its measurement, cut off."""
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from conftest import ROOT
+
+import disback
+from imagenet64 import digits, features, fid
+
+REFERENCE = np.load(ROOT / "tests" / "data" / "fid_reference.npz")
+
+
+def reference(*names):
+    return [torch.from_numpy(REFERENCE[name]) for name in names]
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def statistics_of(x, *sizes):
+    statistics = fid.Statistics(x.shape[1])
+    for batch in x.split(sizes):
+        statistics.add(batch)
+    return statistics
+
+
+def test_the_distance_is_that_of_the_edm_code_on_its_reference_data():
+    found = fid.frechet_distance(*reference("mu1", "sigma1", "mu2", "sigma2"))
+    assert found == pytest.approx(float(REFERENCE["fid"]), abs=1e-10)
+
+
+def test_the_distance_of_a_singular_covariance_is_that_of_the_edm_code():
+    """40 samples in 64 dimensions. scipy's root of the singular product has only 6 digits here."""
+    found = fid.frechet_distance(*reference("mu_small", "sigma_small", "mu2", "sigma2"))
+    assert found == pytest.approx(float(REFERENCE["fid_small"]), abs=2e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_distance_is_the_one_by_scipys_root_of_the_product(seed):
+    a, b, mean1, mean2 = randn(4, 20, 20, seed=seed)
+    cov1, cov2, mean1, mean2 = a @ a.T, 3 * b @ b.T, mean1[0], mean2[0]
+    root = scipy.linalg.sqrtm((cov1 @ cov2).numpy()).real
+    expected = (mean1 - mean2).square().sum() + (cov1 + cov2).trace() - 2 * np.trace(root)
+    assert fid.frechet_distance(mean1, cov1, mean2, cov2) == pytest.approx(expected.item(),
+                                                                           rel=1e-9)
+
+
+def test_the_distance_of_independent_gaussians_is_that_of_their_means_and_deviations():
+    std1, std2 = randn(30).abs(), torch.cat([randn(20, seed=1).abs(), torch.zeros(10)])
+    mean1, mean2 = randn(2, 30, seed=2)
+    expected = (mean1 - mean2).square().sum() + (std1 - std2).square().sum()
+    found = fid.frechet_distance(mean1, std1.square().diag(), mean2, std2.square().diag())
+    assert found == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_the_distance_of_two_singular_covariances_keeps_all_its_digits():
+    """tr sqrt(A A^T B B^T) is the sum of the singular values of A^T B, 64 x 10 and 64 x 20."""
+    a, b = 10 * randn(64, 10), 10 * randn(64, 20, seed=1)
+    overlap = scipy.linalg.svdvals((a.T @ b).numpy()).sum()
+    expected = a.square().sum().item() + b.square().sum().item() - 2 * overlap
+    zero = torch.zeros(64)
+    assert fid.frechet_distance(zero, a @ a.T, zero, b @ b.T) == pytest.approx(expected, rel=1e-11)
+
+
+def test_the_distance_is_symmetric_and_zero_to_itself():
+    mean1, cov1, mean2, cov2 = reference("mu1", "sigma1", "mu_small", "sigma_small")
+    there = fid.frechet_distance(mean1, cov1, mean2, cov2)
+    assert there == pytest.approx(fid.frechet_distance(mean2, cov2, mean1, cov1), abs=1e-10)
+    for mean, cov in ((mean1, cov1), (mean2, cov2)):
+        assert fid.frechet_distance(mean, cov, mean, cov) == pytest.approx(0, abs=1e-10)
+
+
+@pytest.mark.parametrize("sizes", [(500,), (1, 1, 498), (100, 0, 399, 1)])
+def test_statistics_of_batches_are_numpys_of_all_of_them_even_far_from_zero(sizes):
+    """In float64 a sum of squares has no digit left at this mean, 1e8 times the deviation."""
+    x = 1e6 + 1e-2 * randn(500, 7) @ randn(7, 7, seed=1)
+    statistics = statistics_of(x, *sizes)
+    assert statistics.n == 500
+    torch.testing.assert_close(statistics.mean, torch.from_numpy(x.numpy().mean(0)), rtol=1e-14,
+                               atol=0)
+    expected = np.cov((x - 1e6).numpy().T, ddof=1)
+    np.testing.assert_allclose(statistics.cov.numpy(), expected, rtol=0, atol=1e-6 * 1e-4)
+
+
+def test_statistics_of_half_precision_features_are_summed_in_double():
+    x = (100 + randn(3000, 4)).half()
+    expected = np.cov(x.double().numpy().T)
+    np.testing.assert_allclose(statistics_of(x, *[30] * 100).cov.numpy(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_covariance_of_fewer_than_two_images_is_refused(n):
+    with pytest.raises(disback.Refusal, match=f"at least 2 images, not {n}"):
+        statistics_of(randn(n, 3), n).cov  # noqa: B018
+
+
+def test_features_of_another_network_than_the_references_are_refused_with_both_sizes():
+    with pytest.raises(disback.Refusal, match=r"\[5\] numbers.* reference 3"):
+        fid.Statistics(3).add(randn(4, 5))
+
+
+# ------------------------------------------------------------------- a measurement, and cut off
+
+IMAGES = (255 * torch.rand(90, 1, 2, 2, generator=torch.Generator().manual_seed(0))).byte()
+DATA = torch.zeros(4), torch.eye(4)
+
+
+def extract(images):
+    return images.flatten(1) / 100
+
+
+def batches(block, done):
+    return IMAGES[30 * block + done:30 * (block + 1)].split(5)
+
+
+def measure(file, batches_of_block=batches, blocks=3, images=30, **about):
+    return fid.measure(batches_of_block, extract, DATA, images, blocks, file, about)
+
+
+def test_a_measurement_has_the_distance_of_each_block_the_least_and_the_mean(tmp_path):
+    """tr sqrt(S I) is the sum of the deviations along the axes of S."""
+    found = measure(tmp_path / "partial")
+    expected = []
+    for block in IMAGES.flatten(1).double().div(100).numpy().reshape(3, 30, 4):
+        variances = np.linalg.eigvalsh(np.cov(block.T))
+        expected.append((block.mean(0)**2).sum() + ((np.sqrt(variances) - 1)**2).sum())
+    assert found["distances"] == pytest.approx(expected, rel=1e-6)
+    assert found["min"] == min(found["distances"])
+    assert found["mean"] == pytest.approx(np.mean(expected), rel=1e-6)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Cut(Exception):
+    pass
+
+
+def cut_after(served):
+    """Batches that break off after so many, and a list of (block, done) asked for."""
+    asked, left = [], served
+
+    def until_cut(block, done):
+        nonlocal left
+        asked.append((block, done))
+        for batch in batches(block, done):
+            if left == 0:
+                raise Cut
+            left -= 1
+            yield batch
+
+    return until_cut, asked
+
+
+@pytest.mark.parametrize("served, goes_on_at", [(1, (0, 0)), (5, (0, 20)), (6, (1, 0)),
+                                                (11, (1, 20))])
+def test_a_measurement_that_was_cut_off_goes_on_and_ends_the_same_to_the_bit(
+        monkeypatch, tmp_path, served, goes_on_at):
+    monkeypatch.setattr(fid, "SAVE_EVERY", 20)
+    whole = measure(tmp_path / "whole")
+    until_cut, _ = cut_after(served)
+    with pytest.raises(Cut):
+        measure(tmp_path / "partial", until_cut)
+    never_cut, asked = cut_after(-1)
+    assert measure(tmp_path / "partial", never_cut) == whole
+    assert asked[0] == goes_on_at and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("other, name", [
+    ({"blocks": 2}, "blocks"), ({"images": 29}, "images"), ({"source": "b"}, "source"),
+    ({"source": "a", "more": 1}, "more")])
+def test_a_partial_file_of_another_measurement_is_refused_naming_what_differs(
+        monkeypatch, tmp_path, other, name):
+    monkeypatch.setattr(fid, "SAVE_EVERY", 5)
+    with pytest.raises(Cut):
+        measure(tmp_path / "partial", cut_after(2)[0], source="a")
+    before = (tmp_path / "partial").read_bytes()
+    with pytest.raises(disback.Refusal, match=f"partial.* {name} .*remove"):
+        measure(tmp_path / "partial", **{"source": "a"} | other)
+    assert (tmp_path / "partial").read_bytes() == before
+
+
+def test_a_partial_file_that_is_broken_is_refused_by_name(tmp_path):
+    (tmp_path / "partial").write_bytes(b"not tensors")
+    with pytest.raises(disback.Refusal, match="partial.* remove"):
+        measure(tmp_path / "partial")
+
+
+@pytest.mark.parametrize("size", [25, 35])
+def test_a_block_with_too_few_or_too_many_images_is_refused(tmp_path, size):
+    with pytest.raises(disback.Refusal, match=f"block 0 has {size} images, not 30"):
+        measure(tmp_path / "partial", lambda block, done: IMAGES[:size].split(5))
+
+
+# -------------------------------------------------------------------------------- the features
+
+def test_bytes_are_edms_truncated_and_clipped():
+    x = torch.tensor([-2.0, -1.0, -0.999, 0.0, 0.0079, 0.99, 1.0, 2.0])
+    assert features.to_uint8(x).tolist() == [0, 0, 0, 128, 129, 254, 255, 255]
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 1, 8, 9, dtype=torch.uint8),
+                                    torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+                                    torch.zeros(2, 1, 8, 8)])
+def test_images_of_another_size_or_type_are_refused(images):
+    with pytest.raises(disback.Refusal, match=r"must be uint8 \[1, 8, 8\]"):
+        features.Extractor((1, 8, 8), extract, {})(images)
+
+
+def test_the_digits_are_at_no_distance_from_their_own_reference():
+    extractor, (mean, cov) = features.of_digits("cpu")
+    own = statistics_of(extractor(features.to_uint8(digits.load()[0])), 1797)
+    assert fid.frechet_distance(own.mean, own.cov, mean, cov) == pytest.approx(0, abs=1e-8)
+
+
+class Stand(torch.nn.Module):
+    """Stands for Inception: the means of three channels, as TorchScript, called like it."""
+
+    def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        assert x.dtype == torch.uint8
+        means = x.float().mean(dim=[2, 3])
+        return means if return_features else means.softmax(dim=1)
+
+
+@pytest.fixture
+def inception(tmp_path):
+    """The files of a stand-in for Inception and of its reference, N(0, I)."""
+    torch.jit.script(Stand()).save(tmp_path / "inception.pt")
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(3), sigma=np.eye(3))
+    return tmp_path / "inception.pt", tmp_path / "reference.npz"
+
+
+def test_inception_gets_bytes_and_gives_its_features_not_its_answers(inception):
+    extractor, (mean, cov) = features.of_inception(*inception, "cpu")
+    x = torch.arange(2)[:, None, None, None].expand(2, 3, 64, 64).byte()
+    assert extractor(x).tolist() == [[0, 0, 0], [1, 1, 1]]
+    assert mean.tolist() == [0, 0, 0] and cov.equal(torch.eye(3).double())
+
+
+@pytest.mark.parametrize("broken", [{"mu": np.zeros(3)}, {"mu": np.zeros(3), "sigma": np.eye(4)},
+                                    {"mu": np.zeros(3), "sigma": np.eye(3) * np.nan},
+                                    {"mu": np.array([None]), "sigma": np.eye(1)}])
+def test_a_reference_that_is_none_is_refused_by_name(inception, broken):
+    np.savez(inception[1], **broken)
+    with pytest.raises(disback.Refusal, match="reference.npz"):
+        features.of_inception(*inception, "cpu")
+
+
+@pytest.mark.parametrize("content", [None, b"no TorchScript"])
+def test_an_inception_that_is_none_is_refused_by_name(inception, content):
+    inception[0].unlink() if content is None else inception[0].write_bytes(content)
+    with pytest.raises(disback.Refusal, match="inception.pt"):
+        features.of_inception(*inception, "cpu")
+
+
+# --------------------------------------------------------------------------------- the command
+
+def run(capsys, *argv):
+    fid.main([*map(str, argv)])
+    return json.loads(capsys.readouterr().out)
+
+
+def save_images(file, images):
+    np.savez(file, images.permute(0, 2, 3, 1).numpy())
+
+
+def test_the_command_measures_an_npz_against_the_digits_and_keeps_the_result(capsys, tmp_path):
+    images = features.to_uint8(digits.load()[0])
+    extractor, data = features.of_digits("cpu")
+    save_images(tmp_path / "half.npz", images[:900])
+    found = run(capsys, tmp_path / "half.npz", "--blocks", 2, "--batch", 64)
+    expected = [statistics_of(extractor(block), 450) for block in (images[:450], images[450:900])]
+    assert found["distances"] == pytest.approx(
+        [fid.frechet_distance(s.mean, s.cov, *data) for s in expected], rel=1e-5)
+    kept = json.loads((tmp_path / "half.fid.json").read_text())
+    assert kept == {"preset": "tiny"} | found
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["half.fid.json", "half.npz"]
+
+
+def test_the_command_takes_inception_and_reference_from_files(capsys, tmp_path, inception):
+    """Constant images of levels 0 and 2: mean 1, every covariance 4 / 3 with 4 images."""
+    images = torch.tensor([0, 2, 0, 2])[:, None, None, None].expand(4, 3, 64, 64).byte()
+    save_images(tmp_path / "x.npz", images)
+    found = run(capsys, tmp_path / "x.npz", "--preset", "full", "--inception", inception[0],
+                "--reference", inception[1])
+    assert found["min"] == pytest.approx(3 + (3 * 4 / 3 + 3 - 2 * 4**0.5), rel=1e-9)
+
+
+def test_the_command_gives_every_block_of_a_student_its_own_seeds(capsys, monkeypatch, tmp_path):
+    asked = []
+
+    def images(weights, preset, seeds, batch, device):
+        asked.append((weights, preset, list(seeds)))
+        x = [torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return features.to_uint8(torch.stack(x)).split(batch)
+
+    monkeypatch.setitem(sys.modules, "imagenet64.sample", types.SimpleNamespace(images=images))
+    (tmp_path / "student.safetensors").write_bytes(b"weights")
+    found = run(capsys, tmp_path, "--images", 20, "--blocks", 2, "--batch", 8)
+    weights = tmp_path / "student.safetensors"
+    assert asked == [(weights, "tiny", [*range(20)]), (weights, "tiny", [*range(20, 40)])]
+    assert (tmp_path / "fid.json").exists() and len(set(found["distances"])) == 2
+
+
+@pytest.mark.parametrize("argv, cause", [
+    (["gone.npz"], "gone.npz"), (["gone"], "gone"), (["x.npz", "--images", "0"], "--images"),
+    (["x.npz", "--images", "11"], "10 images"), (["x.npz", "--preset", "large"], "large"),
+    (["x.npz", "--preset", "full"], "uint8"), (["x.npz", "--reference", "x"], "--reference"),
+    (["flat.npz"], r"\[n, h, w, c\]"), (["float.npz"], "uint8"), (["text.npz"], "text.npz"),
+    (["objects.npz"], "objects.npz"), (["empty.npz"], "2 images"), ([], "SOURCE")])
+def test_the_command_refuses_by_name(monkeypatch, tmp_path, inception, argv, cause):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fid, "files", lambda args: inception)
+    save_images("x.npz", IMAGES[:10].repeat(1, 1, 4, 4))
+    save_images("empty.npz", IMAGES[:0].repeat(1, 1, 4, 4))
+    np.savez("flat.npz", np.zeros((10, 64), dtype=np.uint8))
+    np.savez("float.npz", np.zeros((10, 8, 8, 1)))
+    np.savez("objects.npz", np.array([None]))
+    (tmp_path / "text.npz").write_text("no zip")
+    with pytest.raises(disback.Refusal, match=cause):
+        fid.main(argv)
