@@ -60,7 +60,7 @@ def empty_cache(monkeypatch, tmp_path):
 
 
 def test_no_seed_of_the_users_changes_the_classifier_and_it_changes_no_random_state(empty_cache):
-    threads, weights = torch.get_num_threads(), []
+    weights = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
@@ -69,7 +69,16 @@ def test_no_seed_of_the_users_changes_the_classifier_and_it_changes_no_random_st
         digits.classifier()  # trained into the cache, then read from it
         assert torch.get_rng_state().equal(before)
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
-    assert torch.get_num_threads() == threads
+
+
+def test_training_the_classifier_leaves_the_number_of_threads_as_it_was(empty_cache):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        digits.trained()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_classifier_is_trained_once_and_again_when_its_training_changes(

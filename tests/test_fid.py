@@ -173,7 +173,7 @@ def test_a_measurement_that_was_cut_off_goes_on_and_ends_the_same_to_the_bit(
 
 @pytest.mark.parametrize("other, name", [
     ({"blocks": 2}, "blocks"), ({"images": 29}, "images"), ({"source": "b"}, "source"),
-    ({"source": "a", "more": 1}, "more")])
+    ({"more": 1}, "more"), ({"source": None}, "source")])
 def test_a_partial_file_of_another_measurement_is_refused_naming_what_differs(
         monkeypatch, tmp_path, other, name):
     monkeypatch.setattr(fid, "SAVE_EVERY", 5)
@@ -181,7 +181,8 @@ def test_a_partial_file_of_another_measurement_is_refused_naming_what_differs(
         measure(tmp_path / "partial", cut_after(2)[0], source="a")
     before = (tmp_path / "partial").read_bytes()
     with pytest.raises(disback.Refusal, match=f"partial.* {name} .*remove"):
-        measure(tmp_path / "partial", **{"source": "a"} | other)
+        about = {"source": "a"} | other
+        measure(tmp_path / "partial", **{k: v for k, v in about.items() if v is not None})
     assert (tmp_path / "partial").read_bytes() == before
 
 
@@ -216,6 +217,13 @@ def test_the_digits_are_at_no_distance_from_their_own_reference():
     extractor, (mean, cov) = features.of_digits("cpu")
     own = statistics_of(extractor(features.to_uint8(digits.load()[0])), 1797)
     assert fid.frechet_distance(own.mean, own.cov, mean, cov) == pytest.approx(0, abs=1e-8)
+
+
+def test_the_classifier_sees_the_digits_where_it_was_trained_between_minus_1_and_1():
+    images = digits.load()[0][:100]
+    extractor, _ = features.of_digits("cpu")
+    torch.testing.assert_close(extractor(features.to_uint8(images)),
+                               digits.classifier().features(images), rtol=0, atol=0.2)
 
 
 class Stand(torch.nn.Module):
@@ -282,6 +290,25 @@ def test_the_command_measures_an_npz_against_the_digits_and_keeps_the_result(cap
     assert sorted(f.name for f in tmp_path.iterdir()) == ["half.fid.json", "half.npz"]
 
 
+def test_the_command_goes_on_where_it_was_interrupted(capsys, monkeypatch, tmp_path):
+    save_images(tmp_path / "x.npz", features.to_uint8(digits.load()[0][:400]))
+    argv = [tmp_path / "x.npz", "--blocks", 2, "--batch", 50]
+    whole = run(capsys, *argv)
+    add, calls = fid.Statistics.add, []
+
+    def interrupted(statistics, batch):
+        calls.append(len(batch))
+        if len(calls) == 7:  # after 100 images of the second block
+            raise KeyboardInterrupt
+        add(statistics, batch)
+
+    monkeypatch.setattr(fid, "SAVE_EVERY", 100)
+    monkeypatch.setattr(fid.Statistics, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(capsys, *argv)
+    assert run(capsys, *argv) == whole and len(calls) == 7 + 2
+
+
 def test_the_command_takes_inception_and_reference_from_files(capsys, tmp_path, inception):
     """Constant images of levels 0 and 2: mean 1, every covariance 4 / 3 with 4 images."""
     images = torch.tensor([0, 2, 0, 2])[:, None, None, None].expand(4, 3, 64, 64).byte()
@@ -309,7 +336,7 @@ def test_the_command_gives_every_block_of_a_student_its_own_seeds(capsys, monkey
 
 @pytest.mark.parametrize("argv, cause", [
     (["gone.npz"], "gone.npz"), (["gone"], "gone"), (["x.npz", "--images", "0"], "--images"),
-    (["x.npz", "--images", "11"], "10 images"), (["x.npz", "--preset", "large"], "large"),
+    (["x.npz", "--images", "11"], "10 images, too few"), (["x.npz", "--preset", "large"], "large"),
     (["x.npz", "--preset", "full"], "uint8"), (["x.npz", "--reference", "x"], "--reference"),
     (["flat.npz"], r"\[n, h, w, c\]"), (["float.npz"], "uint8"), (["text.npz"], "text.npz"),
     (["objects.npz"], "objects.npz"), (["empty.npz"], "2 images"), ([], "SOURCE")])
