@@ -1,6 +1,8 @@
 """Both stages end to end on a shrunken toy: what they write, count, repeat and resume."""
 
+import dataclasses
 import json
+import math
 import shutil
 
 import pytest
@@ -256,3 +258,77 @@ def test_the_sampler_draws_a_gaussian_from_its_exact_denoiser(gaussian):
         x = problem.sample(net, 20_000, problem.Config())
     assert x.mean().item() == pytest.approx(1.0, abs=0.05)
     assert x.std().item() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """(optimizer, learning rate) of every update."""
+    update, seen = disback.update, []
+
+    def spy(optimizer, loss, lr, *rest):
+        seen.append((optimizer, lr))
+        update(optimizer, loss, lr, *rest)
+
+    monkeypatch.setattr(disback, "update", spy)
+    return seen
+
+
+def test_student_and_fake_learn_at_their_own_rates_which_fall_as_a_cosine(
+        recorded, tmp_path, no_figures, rates):
+    backtracked(recorded, tmp_path, "--lr-student", "3e-3", "--lr-fake", "7e-3")
+    fall = [(1 + math.cos(math.pi * step / 20)) / 2 for step in range(20)]
+    assert [lr for _, lr in rates[0::2]] == pytest.approx([3e-3 * f for f in fall])
+    assert [lr for _, lr in rates[1::2]] == pytest.approx([7e-3 * f for f in fall])
+    assert len({id(optimizer) for optimizer, _ in rates}) == 2
+
+
+def test_a_constant_rate_stays(recorded, tmp_path, no_figures, rates):
+    backtracked(recorded, tmp_path, "--lr-student", "3e-3", "--decay", "constant")
+    assert {lr for _, lr in rates[0::2]} == {3e-3}
+
+
+def test_stage_1_learns_at_its_own_rate_with_the_problems_weight(tmp_path, monkeypatch, rates):
+    from conftest import DEGRADE
+
+    score_matching, weights = disback.score_matching_loss, []
+
+    def spy(net, x0, sigma, cond, weight=1.0):
+        weights.append((sigma, weight))
+        return score_matching(net, x0, sigma, cond, weight)
+
+    monkeypatch.setattr(disback, "score_matching_loss", spy)
+    degrade.main(["toy2d", "--out", str(tmp_path), *DEGRADE, "--lr-degrade", "5e-3"])
+    assert [lr for _, lr in rates] == [5e-3] * 20
+    for sigma, weight in weights[-20:]:  # those before them are the teacher's own training
+        torch.testing.assert_close(weight, 1 + sigma**-2)
+
+
+def test_the_weighting_and_the_momentum_are_those_asked_for(
+        recorded, tmp_path, no_figures, monkeypatch, rates):
+    vsd_loss, weightings = disback.vsd_loss, set()
+    monkeypatch.setattr(disback, "vsd_loss",
+                        lambda *args: weightings.add(args[-1]) or vsd_loss(*args))
+    backtracked(recorded, tmp_path, "--weighting", "dmd", "--beta1", "0.3", "--beta2", "0.7",
+                "--weight-decay", "0.1")
+    assert weightings == {"dmd"}
+    for optimizer, _ in rates:
+        assert optimizer.defaults["betas"] == (0.3, 0.7)
+        assert optimizer.defaults["weight_decay"] == 0.1
+
+
+def test_only_the_target_is_guided_and_its_forwards_are_counted(
+        recorded, tmp_path, no_figures, monkeypatch):
+    make, guided = problem.make, []
+
+    def guide(net, x, sigma, cond):
+        guided.append(net)
+        return net(x, sigma, cond)
+
+    monkeypatch.setattr(problem, "make", lambda *args, **changes: dataclasses.replace(
+        make(*args, **changes), guide=guide, guide_evals=2))
+    backtracked(recorded, tmp_path)
+    assert len(guided) == 20 and len({id(net) for net in guided}) == 1
+    for name, weight in guided[0].state_dict().items():  # the walk has brought it to node 0
+        assert torch.equal(weight, load_file(recorded / "path" / "00.safetensors")[name])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["network_evals"]["stage2"] == 9 * 64 * 20
