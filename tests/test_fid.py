@@ -13,6 +13,7 @@ from conftest import ROOT
 import disback
 from imagenet64 import digits, features, fid
 
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 REFERENCE = np.load(ROOT / "tests" / "data" / "fid_reference.npz")
 
 
