@@ -2,7 +2,6 @@
 EDM's preconditioning and sampler (Karras et al., arXiv 2206.00364), to the released weights' names.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,0 +1,498 @@
+"""A released checkpoint is converted bit for bit; nothing in a file that claims to be one ever
+runs, and whatever is wrong with it is refused in one line."""
+
+import collections
+import contextlib
+import io
+import os
+import pickle
+import random
+import resource
+import struct
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import disback
+from imagenet64 import edm, pickles
+
+DATA = ROOT / "tests" / "data"
+FIXTURE = DATA / "edm_pkl_fixture_adm.pkl"
+TINY = dict(img_resolution=8, label_dim=3, model_channels=8, channel_mult=(1, 2),
+            channel_mult_emb=2, num_blocks=1, attn_resolutions=())
+
+
+@pytest.fixture(autouse=True)
+def tripwire(tmp_path, monkeypatch):
+    """Runs a test in a folder of its own, where every hostile payload writes this file."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path / "TRIPWIRE_EXECUTED"
+    assert not (tmp_path / "TRIPWIRE_EXECUTED").exists()
+
+
+@contextlib.contextmanager
+def at_most(extra_bytes):
+    """Let the process take no more memory than now and `extra_bytes`: beyond, it fails."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("needs Linux to bound memory")
+    now = int(statm.read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + extra_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+# ----------------------------------------------------------------------------- the released format
+
+
+def test_the_fixture_is_converted_bit_for_bit_in_the_order_of_its_state_dict(tmp_path):
+    expected = np.load(DATA / "edm_pkl_fixture_adm_expected.npz")
+    digest = pickles.convert(FIXTURE, tmp_path / "ema.safetensors")
+    found = load_file(tmp_path / "ema.safetensors")
+    assert list(pickles.read(bytearray(FIXTURE.read_bytes()))) == list(expected["__order__"])
+    assert sorted(found) == sorted(expected["__order__"])
+    for name, tensor in found.items():
+        assert tensor.shape == expected[name].shape and tensor.numpy().dtype == expected[name].dtype
+        assert tensor.numpy().tobytes() == expected[name].tobytes(), name
+    with safe_open(tmp_path / "ema.safetensors", "pt") as file:
+        assert file.metadata() == {"source_sha256": digest}
+    assert digest == disback.sha256(FIXTURE)
+
+
+def test_a_converted_file_loads_strictly_into_the_network_of_its_architecture(tmp_path):
+    pickles.convert(FIXTURE, tmp_path / "ema.safetensors")
+    net = edm.Denoiser(**TINY)
+    disback.load_net(tmp_path / "ema.safetensors", net)
+    expected = np.load(DATA / "edm_pkl_fixture_adm_expected.npz")
+    assert all((t.numpy() == expected[name]).all() for name, t in net.state_dict().items())
+    with pytest.raises(disback.Refusal, match="does not hold this network"):
+        disback.load_net(tmp_path / "ema.safetensors", edm.Denoiser(**TINY | {"label_dim": 4}))
+
+
+def test_the_command_line_converts_and_names_the_hash(capsys, tmp_path):
+    pickles.main([str(FIXTURE), str(tmp_path / "new" / "ema.safetensors")])
+    assert disback.sha256(FIXTURE) in capsys.readouterr().out
+    assert (tmp_path / "new" / "ema.safetensors").exists()
+
+
+@pytest.mark.parametrize("argv", [[], ["a.pkl"], ["no.pkl", "b.safetensors"],
+                                  [".", "b.safetensors"], [str(FIXTURE), "b.pkl"]])
+def test_a_wrong_command_line_ends_with_one_line_and_status_2(argv, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["pickles", *argv])
+    with pytest.raises(SystemExit) as ended:
+        disback.run(pickles.main)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+class Persistent:
+    """Pickles as EDM's persistence does: a call with a dict that holds the class's source."""
+
+    def __init__(self, module):
+        self.state = {"training": False, "_parameters": collections.OrderedDict(module._parameters)}
+        self.state |= {"_buffers": dict(module._buffers), "_non_persistent_buffers_set": set(),
+                       "_modules": {name: persistent(m) for name, m in module._modules.items()},
+                       "scale": np.sqrt(1 / 3), "names": {"one", "two"}, "sigma_max": float("inf")}
+
+    def __reduce__(self):
+        function = sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj
+        return function, ({"type": "class", "version": 6, "module_src": TRIPWIRE,
+                           "class_name": "Anything", "state": self.state},)
+
+
+def persistent(module):
+    if not isinstance(module, torch.nn.ModuleDict):
+        return Persistent(module)
+    copy = torch.nn.ModuleDict()
+    copy.__dict__["_modules"] = {name: persistent(m) for name, m in module.items()}
+    return copy
+
+
+def dump(net, file, protocol=4):
+    """Write `net` as a released checkpoint holds it, by Python's and torch's own picklers."""
+    package = types.ModuleType("torch_utils.persistence")
+    package._reconstruct_persistent_obj = types.FunctionType((lambda meta: 0).__code__, {})
+    package._reconstruct_persistent_obj.__name__ = "_reconstruct_persistent_obj"
+    package._reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
+    package._reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
+        patch.setitem(sys.modules, "torch_utils.persistence", package)
+        pickle.dump({"ema": persistent(net), "loss_fn": None, "augment_pipe": None,
+                     "dataset_kwargs": {"path": "here", "max_size": None}}, file, protocol)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_what_python_and_torch_pickle_is_read_back_under_every_protocol(protocol):
+    torch.manual_seed(0)
+    net, file = edm.Denoiser(**TINY), io.BytesIO()
+    dump(net, file, protocol)
+    found = pickles.read(bytearray(file.getvalue()))
+    assert list(found) == list(net.state_dict())
+    assert all(torch.equal(found[name], t) for name, t in net.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64])
+def test_tensors_of_other_types_strides_and_offsets_keep_their_numbers(dtype):
+    net, file = torch.nn.Module(), io.BytesIO()
+    numbers = torch.arange(48).to(dtype)
+    net.register_buffer("a", numbers[5:29].reshape(2, 3, 4).transpose(0, 2))
+    net.register_buffer("b", torch.tensor(3).to(dtype))
+    dump(net, file)
+    found = pickles.read(bytearray(file.getvalue()))
+    assert torch.equal(found["a"], net.a) and torch.equal(found["b"], net.b)
+    assert found["a"].dtype == dtype
+
+
+def test_buffers_that_a_state_dict_omits_and_empty_entries_are_omitted():
+    module = assembled(parameters=items(weight=tensor(), bias=b"N"),
+                       buffers=items(kept=tensor(), omitted=tensor()),
+                       hidden=b"\x8f(" + text("omitted") + b"\x90", modules=items(gone=b"N"))
+    assert list(pickles.read(checkpoint(module))) == ["weight", "kept"]
+
+
+# ------------------------------------------------------- an assembler of pickles, and what attacks
+
+
+TRIPWIRE = "open('TRIPWIRE_EXECUTED', 'w').write('x')"
+STOP, NONE, MARK = b".", b"N", b"("
+
+
+def text(string):
+    raw = string.encode()
+    return b"X" + struct.pack("<I", len(raw)) + raw
+
+
+def raw(data):
+    return b"B" + struct.pack("<I", len(data)) + data
+
+
+def name(full):
+    module, _, attribute = full.rpartition(".")
+    return text(module) + text(attribute) + b"\x93"
+
+
+def integer(n):
+    data = n.to_bytes(n.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def integers(*numbers):
+    return MARK + b"".join(map(integer, numbers)) + b"t"
+
+
+def call(function, *args):
+    return name(function) + MARK + b"".join(args) + b"tR"
+
+
+def items(**entries):
+    return b"}(" + b"".join(text(key) + value for key, value in entries.items()) + b"u"
+
+
+def assembled(parameters=b"}", buffers=b"}", modules=b"}", hidden=b"\x8f", **meta):
+    state = items(_parameters=parameters, _buffers=buffers, _modules=modules,
+                  _non_persistent_buffers_set=hidden)
+    meta = {"type": text("class"), "version": b"K\x06", "class_name": text("Any"),
+            "module_src": text(TRIPWIRE), "state": state} | meta
+    return call("torch_utils.persistence._reconstruct_persistent_obj", items(**meta))
+
+
+def checkpoint(ema):
+    return bytearray(b"\x80\x04" + items(ema=ema) + STOP)
+
+
+def saved(value, **how):
+    file = io.BytesIO()
+    torch.save(value, file, **{"_use_new_zipfile_serialization": False} | how)
+    return file.getvalue()
+
+
+STORAGE = saved(torch.arange(6.0)._typed_storage())
+
+
+def storage(payload=STORAGE):
+    return call("torch.storage._load_from_bytes", raw(payload))
+
+
+def tensor(of=None, offset=0, size=(6,), stride=(1,)):
+    return call("torch._utils._rebuild_tensor_v2", of or storage(), integer(offset),
+                integers(*size), integers(*stride), b"\x89", b"}")
+
+
+def parameter(value):
+    return checkpoint(assembled(parameters=items(weight=value)))
+
+
+def test_the_assembler_makes_a_checkpoint_that_is_read():
+    found = pickles.read(parameter(tensor(size=(2, 2), stride=(2, 1), offset=1)))
+    assert found["weight"].tolist() == [[1, 2], [3, 4]]
+
+
+RUN = MARK + text(TRIPWIRE) + b"tR"  # calls what is on the stack
+DEEP = b")" + b"\x85" * 150_000
+HUGE = 2**62
+
+
+class Code:
+    def __reduce__(self):
+        return exec, (TRIPWIRE,)
+
+
+def legacy(change, to):
+    assert change in STORAGE
+    return STORAGE.replace(change, to)
+
+
+def nested_modules(depth):
+    module = assembled(parameters=items(weight=tensor()))
+    for _ in range(depth):
+        module = assembled(modules=items(m=module))
+    return module
+
+
+def laughs(levels):
+    """Modules that hold the one before twice: a file of levels, a network of 2**levels."""
+    module = assembled(parameters=items(weight=tensor())) + b"q\x00"
+    for level in range(levels):
+        module = assembled(modules=items(a=module, b=b"h" + bytes([level])))
+        module += b"q" + bytes([level + 1])
+    return checkpoint(module)
+
+
+HOSTILE = {
+    # calls, by every road that leads to one
+    "exec": (parameter(name("builtins.exec") + RUN), "builtins.exec"),
+    "exec named by lines": (parameter(b"cbuiltins\nexec\n" + RUN), "builtins.exec"),
+    "exec in the loss": (bytearray(b"\x80\x04" + items(
+        ema=assembled(), loss_fn=name("builtins.exec") + RUN) + STOP), "builtins.exec"),
+    "os.system": (parameter(call("os.system", text("touch TRIPWIRE_EXECUTED"))), "os.system"),
+    "a name with dots": (parameter(text("torch") + text("storage._load_from_bytes.__globals__")
+                                   + b"\x93"), "__globals__"),
+    "a name that is split elsewhere": (parameter(text("torch.storage._load_from_bytes")
+                                                 + text("__call__") + b"\x93"), "__call__"),
+    "a name that is no text": (parameter(b"K\x01K\x02\x93"), "no name"),
+    "getattr": (parameter(call("builtins.getattr", name("os.system"), text("x"))), "getattr"),
+    "a class of torch": (parameter(name("torch.nn.modules.linear.Linear") + b")\x81"), "Linear"),
+    "a real function of torch": (parameter(name("torch.load") + b")R"), "torch.load"),
+    "copyreg._reconstructor": (parameter(call("copyreg._reconstructor")), "copyreg"),
+    "operator.attrgetter": (parameter(call("operator.attrgetter", text("x"))), "operator"),
+    "INST": (parameter(MARK + text(TRIPWIRE) + b"ibuiltins\nexec\n"), "opcode 0x69"),
+    "OBJ": (parameter(MARK + name("collections.OrderedDict") + b"o"), "opcode 0x6f"),
+    "NEWOBJ_EX": (parameter(name("collections.OrderedDict") + b")}\x92"), "opcode 0x92"),
+    "EXT1": (parameter(b"\x82\x01"), "opcode 0x82"),
+    "EXT2": (parameter(b"\x83\x01\x00"), "opcode 0x83"),
+    "EXT4": (parameter(b"\x84\x01\x00\x00\x00"), "opcode 0x84"),
+    "PERSID": (parameter(b"Px\n"), "opcode 0x50"),
+    "BINPERSID": (parameter(text("x") + b"Q"), "persistent"),
+    "an external buffer": (parameter(b"\x97"), "opcode 0x97"),
+    "a call of a result": (parameter(call("collections.OrderedDict") + RUN), "makes a call"),
+    "a call without a tuple": (parameter(name("collections.OrderedDict") + b"]R"), "makes a call"),
+    "arguments of a set": (parameter(call("builtins.set", b"]" + b"(K\x01e")), "makes a call"),
+    "encode by another codec": (parameter(call("_codecs.encode", text("x"), text("zip"))),
+                                "makes a call"),
+    "an object dtype": (parameter(call("numpy.dtype", text("O8"), b"\x89", b"\x88")),
+                        "makes a call"),
+    "an array dtype": (parameter(call("numpy.dtype", text("9999999999f8"), b"\x89", b"\x88")),
+                       "makes a call"),
+    "numpy's reconstruct": (parameter(call("numpy.core.multiarray._reconstruct")), "_reconstruct"),
+    "numpy's frombuffer": (parameter(call("numpy.core.numeric._frombuffer")), "_frombuffer"),
+    # states that would change what is there
+    "BUILD on a function": (parameter(name("torch.storage._load_from_bytes")
+                                      + items(__globals__=b"}") + b"b"), "state of what has none"),
+    "BUILD on a class": (parameter(name("torch.nn.modules.container.ModuleDict")
+                                   + items(__new__=b"N") + b"b"), "state of what has none"),
+    "BUILD with slots": (parameter(name("torch.nn.modules.container.ModuleDict") + b")\x81"
+                                   + b"N" + items(__class__=b"N") + b"\x86b"), "state of what"),
+    "BUILD on a module that has a state": (parameter(assembled() + b"}b"), "state of what"),
+    "BUILD on a tensor": (parameter(tensor() + items(grad=b"N") + b"b"), "state of what"),
+    # what the stack machine must survive
+    "LONG4": (parameter(b"\x8b\xff\xff\xff\x7f"), "opcode 0x8b"),
+    "INT of many digits": (parameter(b"I" + b"9" * 9999 + b"\n"), "opcode 0x49"),
+    "text longer than the file": (parameter(b"X\xff\xff\xff\x7fx"), "more bytes than"),
+    "bytes longer than any memory": (parameter(b"\x8e" + b"\xff" * 7 + b"\x7f"), "more bytes than"),
+    "a frame longer than the file": (parameter(b"\x95" + b"\xff" * 8), "frame"),
+    "a protocol to come": (bytearray(b"\x80\x06}."), "protocol"),
+    "a memo slot that is empty": (parameter(b"j\xff\xff\xff\x7f"), "malformed"),
+    "a huge memo slot": (parameter(b"K\x01r\xff\xff\xff\xff"), "not a tensor"),
+    "a mark that is missing": (parameter(b"ttttt"), "malformed"),
+    "a stack that is empty": (bytearray(b"\x80\x04\x87."), "more values than there are"),
+    "REDUCE on nothing": (bytearray(b"\x80\x04R."), "more values than there are"),
+    "an odd number of items": (parameter(b"}(" + text("key") + b"u"), "malformed"),
+    "items of a number": (parameter(b"K\x01" + text("k") + b"Ns"), "cannot be filled"),
+    "text that is no UTF-8": (parameter(b"X\x01\x00\x00\x00\xff"), "malformed"),
+    "tuples nested deep": (parameter(DEEP), "not a tensor"),
+    "tuples nested deep for a key": (parameter(b"}" + DEEP + b"Ns"), "keys that are not text"),
+    "tuples nested deep in a set": (parameter(b"\x8f(" + DEEP + b"\x90"), "not text"),
+    "integers that collide": (parameter(b"}" + integer(2**61 - 1) + b"Ns"), "not text"),
+    "tuples nested deep for a type": (checkpoint(assembled(type=DEEP)), "makes a call"),
+    "a dict within itself": (bytearray(b"\x80\x04}q\x00" + text("ema") + b"h\x00s."), "something"),
+    "too many operations": (parameter(b")0" * 2 + b"N" * 2**20), "opcode 0x30"),
+    "operations without end": (parameter(b"(" + b"N" * 2**20 + b"t"), "too many operations"),
+    "wide text from few bytes": (parameter(text("\U0001f600" + "a" * 100_000)), "more text than"),
+    "one text encoded many times": (parameter(text("a" * 10_000) + b"q\x00" + b"".join(
+        call("_codecs.encode", b"h\x00", text("latin1")) for _ in range(9))), "more text"),
+    # storages
+    "exec within a storage": (parameter(tensor(storage(pickle.dumps(Code(), 2)))), "exec"),
+    "exec in torch.save's new format": (parameter(tensor(storage(
+        saved(Code(), _use_new_zipfile_serialization=True)))), "opcode 0x50"),
+    "exec in torch.save's old format": (parameter(tensor(storage(saved(Code())))), "exec"),
+    "a storage in the zip format": (parameter(tensor(storage(saved(
+        torch.arange(6.0)._typed_storage(), _use_new_zipfile_serialization=True)))), "opcode"),
+    "a tensor for a storage": (parameter(tensor(storage(saved(torch.arange(6.0))))),
+                               "_rebuild_tensor_v2"),
+    "a list of storages": (parameter(tensor(storage(saved([torch.arange(6.0)._typed_storage()])))),
+                           "torch.save did not write"),
+    "a dict for a storage": (parameter(tensor(b"}")), "makes a call"),
+    "text for bytes": (parameter(tensor(call("torch.storage._load_from_bytes", text("x")))),
+                       "makes a call"),
+    "a storage within a storage": (parameter(tensor(storage(
+        b"\x80\x02" + storage() + STOP))), "_load_from_bytes"),
+    "a storage of another type": (parameter(tensor(storage(
+        legacy(b"FloatStorage", b"FakeStorage")))), "FakeStorage"),
+    "a storage on another machine's device": (parameter(tensor(storage(
+        legacy(b"X\x03\x00\x00\x00cpu", b"K\x00")))), "did not write"),
+    "a storage that claims more numbers": (parameter(tensor(storage(
+        legacy(b"K\x06N", b"K\x60N")))), "not whole"),
+    "a storage that claims a terabyte": (parameter(tensor(storage(
+        legacy(b"K\x06N", b"\x8a\x06\0\0\0\0\0\x01N")))), "not whole"),
+    "a storage that counts otherwise": (parameter(tensor(storage(
+        legacy(b"\x06" + bytes(7), b"\x07" + bytes(7))))), "not whole"),
+    "a storage that is cut off": (parameter(tensor(storage(STORAGE[:-1]))), "not whole"),
+    "a storage that goes on": (parameter(tensor(storage(STORAGE + b"x"))), "not whole"),
+    "a storage of big-endian numbers": (parameter(tensor(storage(
+        legacy(b"little_endianq\x02\x88", b"little_endianq\x02\x89")))), "did not write"),
+    "a storage with another magic number": (parameter(tensor(storage(
+        legacy(b"l\xfc\x9c", b"m\xfc\x9c")))), "did not write"),
+    "a storage that is empty": (parameter(tensor(storage(b""))), "malformed"),
+    # tensors
+    "an offset beyond the storage": (parameter(tensor(offset=1)), "larger than its storage"),
+    "an offset far beyond": (parameter(tensor(offset=HUGE)), "impossible"),
+    "a negative offset": (parameter(tensor(offset=-1)), "impossible"),
+    "a stride beyond the storage": (parameter(tensor(size=(2,), stride=(6,))), "larger than"),
+    "a negative stride": (parameter(tensor(stride=(-1,), offset=5)), "impossible"),
+    "strides that spread few numbers": (parameter(tensor(size=(6, 6), stride=(0, 1))), "larger"),
+    "a stride of 0 and a huge size": (parameter(tensor(size=(HUGE,), stride=(0,))), "impossible"),
+    "sizes whose product overflows": (parameter(tensor(size=(6,) * 8, stride=(0,) * 8)), "larger"),
+    "dimensions without end": (parameter(tensor(size=(1,) * 99, stride=(1,) * 99)), "impossible"),
+    "a size that is no number": (parameter(call(
+        "torch._utils._rebuild_tensor_v2", storage(), b"K\x00", b"(G" + bytes(8) + b"t",
+        integers(1), b"\x89", b"}")), "impossible"),
+    "fewer strides than sizes": (parameter(tensor(size=(2, 3), stride=(1,))), "malformed"),
+    "no numbers": (parameter(tensor(size=(0,))), "larger"),
+    # networks
+    "one tensor twice": (checkpoint(assembled(parameters=items(
+        a=tensor() + b"q\x00", b=b"h\x00"))), "occurs twice"),
+    "one storage twice": (checkpoint(assembled(parameters=items(
+        a=tensor(storage() + b"q\x00"), b=tensor(b"h\x00")))), "occurs twice"),
+    "one storage's bytes twice": (checkpoint(assembled(parameters=items(
+        a=tensor(call("torch.storage._load_from_bytes", raw(STORAGE) + b"q\x00")),
+        b=tensor(call("torch.storage._load_from_bytes", b"h\x00"))))), "occurs twice"),
+    "modules that double": (laughs(7), "occurs twice"),
+    "a module within itself": (checkpoint(name("torch.nn.modules.container.ModuleDict") + b")\x81"
+                               + b"q\x00" + items(_parameters=b"}", _buffers=b"}",
+                               _modules=items(m=b"h\x00"), _non_persistent_buffers_set=b"\x8f")
+                               + b"b"), "occurs twice"),
+    "modules nested deep": (checkpoint(nested_modules(12)), "too deep"),
+    "one name twice": (checkpoint(assembled(parameters=items(a=tensor()),
+                                            buffers=items(a=tensor()))), "occurs twice"),
+    "a name that collides": (checkpoint(assembled(parameters=items(**{"a.b": tensor()}))), "a.b"),
+    "a name of the file format's": (checkpoint(assembled(parameters=items(
+        __metadata__=tensor()))), "__metadata__"),
+    "an empty name": (checkpoint(assembled(parameters=items(**{"": tensor()}))), "is no name"),
+    "an endless name": (checkpoint(assembled(parameters=items(**{"a" * 99: tensor()}))), "no name"),
+    "a parameter that is none": (parameter(b"K\x01"), "not a tensor"),
+    "a module that is none": (checkpoint(assembled(modules=items(m=b"K\x01"))), "not a module"),
+    "a module without a state": (checkpoint(assembled(modules=items(
+        m=name("torch.nn.modules.container.ModuleDict") + b")\x81"))), "not a module"),
+    "a module of another version": (checkpoint(assembled(version=b"K\x05")), "makes a call"),
+    "a module with half a state": (checkpoint(assembled(state=items(_buffers=b"}"))), "malformed"),
+    "parameters in a list": (checkpoint(assembled(parameters=b"]")), "are malformed"),
+    "hidden names in a list": (checkpoint(assembled(hidden=b"]")), "are malformed"),
+    "no tensor at all": (checkpoint(assembled()), "no tensor"),
+    "no ema": (bytearray(b"\x80\x04}."), "something else"),
+    "a list": (bytearray(b"\x80\x04]."), "something else"),
+    "an ema that is a tensor": (checkpoint(tensor()), "something else"),
+    "more after its end": (parameter(tensor()) + b"x", "something else"),
+    "two values": (bytearray(b"\x80\x04NN."), "malformed"),
+    "nothing": (bytearray(), "malformed"),
+    "text, no pickle": (bytearray(b"<!DOCTYPE html><html>404</html>"), "opcode 0x3c"),
+    "a safetensors file": (bytearray(b"\x08\0\0\0\0\0\0\0{}      "), "opcode"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_file_is_refused_for_its_own_reason_and_leaves_nothing(case, tmp_path):
+    data, reason = HOSTILE[case]
+    (tmp_path / "in.pkl").write_bytes(data)
+    with at_most(2**28), pytest.raises(disback.Refusal) as refused:
+        pickles.convert(tmp_path / "in.pkl", tmp_path / "out.safetensors")
+    assert reason in str(refused.value)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+    assert os.listdir(tmp_path) == ["in.pkl"]
+
+
+def test_a_real_unpickler_runs_such_a_call_and_writes_the_tripwire(tripwire):
+    """Otherwise its absence above would prove nothing."""
+    pickle.loads(b"\x80\x04" + name("builtins.exec") + RUN + STOP)
+    assert tripwire.exists()
+    tripwire.unlink()
+
+
+# ------------------------------------------------------------------------------ damage by accident
+
+
+def test_the_fixture_cut_off_anywhere_is_refused():
+    data = FIXTURE.read_bytes()
+    for end in range(0, len(data), 1024):
+        with pytest.raises(disback.Refusal):
+            pickles.read(bytearray(data[:end]))
+
+
+class Small(torch.nn.Module):
+    """Of everything in a checkpoint one, so that most of its bytes are structure."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc = torch.nn.ModuleDict({"8x8": torch.nn.Linear(2, 1), "down": edm.Resample("up")})
+
+
+def flips(data, count, net):
+    """Read `data` with one random byte changed, `count` times: refused, or read as it was, or,
+    where a name or a shape was hit, refused by the strict loading that follows a conversion."""
+    shapes = {name: t.shape for name, t in net.state_dict().items()}
+    rng, counts = random.Random(0), collections.Counter()
+    for _ in range(count):
+        damaged = bytearray(data)
+        damaged[rng.randrange(len(data))] ^= rng.randrange(1, 256)
+        try:
+            found = pickles.read(damaged)
+        except disback.Refusal:
+            counts["refused"] += 1
+            continue
+        if {name: t.shape for name, t in found.items()} == shapes:
+            counts["as it was"] += 1
+            continue
+        counts["other names"] += 1
+        with pytest.raises(RuntimeError):
+            net.load_state_dict(found, strict=True)
+    return counts
+
+
+def test_a_changed_byte_is_refused_or_changes_no_name_and_no_shape_that_would_load():
+    file, net = io.BytesIO(), Small()
+    dump(net, file)
+    with at_most(2**28):
+        counts = flips(file.getvalue(), 1000, net)
+        assert counts["refused"] > 300 and counts["as it was"] > 100
+        flips(FIXTURE.read_bytes(), 200, edm.Denoiser(**TINY))
