@@ -50,7 +50,7 @@ def convert(source: str | Path, target: str | Path) -> str:
         data = bytearray(source.stat().st_size)
         with open(source, "rb") as handle:
             handle.readinto(data)
-        tensors = read(data)
+        tensors = {name: tensor.contiguous() for name, tensor in read(data).items()}
     except (disback.Refusal, OSError) as error:
         raise disback.Refusal(f"{source} is not an EDM checkpoint that can be read: {error}; "
                               "download it again") from error
@@ -191,9 +191,6 @@ class Machine:
             refuse(f"it refers to {full[:99]!r}")
         return Name(full)
 
-    def persistent(self, value: Any) -> Any:
-        return value if self.inner else refuse("it holds a persistent id")
-
     def call(self, function: Any, args: Any) -> Any:
         """What stands for function(*args), or for an instance of it."""
         match function, args:
@@ -275,7 +272,7 @@ PUSHES = {ord(opcode): push for opcode, push in {
     pickle.REDUCE: lambda m: m.call(*m.pop(2)),
     pickle.NEWOBJ: lambda m: m.call(*m.pop(2)),
     pickle.BUILD: lambda m: m.build(*m.pop(2)),
-    pickle.BINPERSID: lambda m: m.persistent(*m.pop(1)),
+    pickle.BINPERSID: lambda m: m.pop(1)[0] if m.inner else refuse("it holds a persistent id"),
 }.items()}
 ACTS = {ord(opcode): act for opcode, act in {
     pickle.PROTO: lambda m: m.check("<B", 2, 5),

@@ -145,12 +145,14 @@ def test_what_python_and_torch_pickle_is_read_back_under_every_protocol(protocol
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64])
 def test_tensors_of_other_types_strides_and_offsets_keep_their_numbers(dtype):
-    net, file = torch.nn.Module(), io.BytesIO()
+    net = torch.nn.Module()
     numbers = torch.arange(48).to(dtype)
     net.register_buffer("a", numbers[5:29].reshape(2, 3, 4).transpose(0, 2))
     net.register_buffer("b", torch.tensor(3).to(dtype))
-    dump(net, file)
-    found = pickles.read(bytearray(file.getvalue()))
+    with open("in.pkl", "wb") as file:
+        dump(net, file)
+    pickles.convert("in.pkl", "out.safetensors")
+    found = load_file("out.safetensors")
     assert torch.equal(found["a"], net.a) and torch.equal(found["b"], net.b)
     assert found["a"].dtype == dtype
 
@@ -158,7 +160,8 @@ def test_tensors_of_other_types_strides_and_offsets_keep_their_numbers(dtype):
 def test_buffers_that_a_state_dict_omits_and_empty_entries_are_omitted():
     module = assembled(parameters=items(weight=tensor(), bias=b"N"),
                        buffers=items(kept=tensor(), omitted=tensor()),
-                       hidden=b"\x8f(" + text("omitted") + b"\x90", modules=items(gone=b"N"))
+                       hidden=b"\x8f(" + text("omitted") + text("weight") + b"\x90",
+                       modules=items(gone=b"N"))
     assert list(pickles.read(checkpoint(module))) == ["weight", "kept"]
 
 
@@ -362,6 +365,8 @@ HOSTILE = {
         legacy(b"FloatStorage", b"FakeStorage")))), "FakeStorage"),
     "a storage on another machine's device": (parameter(tensor(storage(
         legacy(b"X\x03\x00\x00\x00cpu", b"K\x00")))), "did not write"),
+    "a storage of another key": (parameter(tensor(storage(
+        STORAGE[:-40] + bytes([STORAGE[-40] ^ 1]) + STORAGE[-39:]))), "did not write"),
     "a storage that claims more numbers": (parameter(tensor(storage(
         legacy(b"K\x06N", b"K\x60N")))), "not whole"),
     "a storage that claims a terabyte": (parameter(tensor(storage(
@@ -440,6 +445,15 @@ def test_a_hostile_file_is_refused_for_its_own_reason_and_leaves_nothing(case, t
     assert reason in str(refused.value)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
     assert os.listdir(tmp_path) == ["in.pkl"]
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda name: os.truncate(
+    os.open(name, os.O_CREAT | os.O_RDWR), 2**31 + 1)], ids=["folder", "pipe", "too large"])
+def test_what_is_no_file_or_too_large_a_one_is_not_even_opened(make, monkeypatch):
+    make("in.pkl")
+    monkeypatch.setattr("builtins.open", lambda *args: pytest.fail("opened"))
+    with at_most(2**28), pytest.raises(disback.Refusal, match="not a file of at most"):
+        pickles.convert("in.pkl", "out.safetensors")
 
 
 def test_a_real_unpickler_runs_such_a_call_and_writes_the_tripwire(tripwire):
