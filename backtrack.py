@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     parts = dict(student=student, fake=fake, ema=ema, adam_student=adam_student,
                  adam_fake=adam_fake)
 
-    snapshot_inputs = problem.sample_inputs(problem.snapshot)
+    snapshot_inputs = problem.snapshot()
     settings = {**problem.about, **dataclasses.asdict(config), "target": args.target,
                 "fake_init": fake_init, "path": path and disback.sha256(path.folder / "path.json")}
 

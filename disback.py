@@ -182,7 +182,7 @@ class Problem:
     score_weight: Callable  # sigma -> weight of the score-matching loss
     evaluate: Callable  # student -> {name: number}, leaving torch's random state alone
     draw: Callable  # (run folder, path or None, another run's folder or None): the figures
-    snapshot: int  # samples, from one z, that are kept at every checkpoint and switch
+    snapshot: Callable  # () -> (z, cond) of the samples kept at every checkpoint and switch
     guide: Callable = lambda net, x, sigma, cond: net(x, sigma, cond)  # guidance of the target
     guide_evals: int = 1  # forwards of the network in a call of guide
 
@@ -253,7 +253,8 @@ def check_config(config: Any) -> None:
         most = 1 if field.name in ("beta1", "beta2", "ema") else math.inf
         if choices and value not in choices:
             raise Refusal(f"{field.name} must be one of {', '.join(choices)}, not {value!r}")
-        if not choices and not (0 < value < most or value == field.default == 0):
+        zero = value == 0 and (most == 1 or field.default == 0)
+        if field.type in (int, float) and not (0 < value < most or zero):
             raise Refusal(f"{field.name} must be above 0 and below {most}, not {value}")
     if config.nodes > config.degrade_steps:
         raise Refusal(f"nodes must be at most stage 1's steps, {config.degrade_steps}, not "

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import disback
 from imagenet64 import digits, download
+from imagenet64.edm import to_uint8
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,6 @@ class Extractor:
             raise disback.Refusal(f"images must be uint8 {list(self.shape)}, not {images.dtype} "
                                   f"{list(images.shape[1:])}: is it the right --preset?")
         return self.net(images)
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """Images in [-1, 1] as bytes, the way EDM stores its samples: 127.5 x + 128, truncated."""
-    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
 
 
 def of_digits(device: str) -> tuple[Extractor, tuple[Tensor, Tensor]]:

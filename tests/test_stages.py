@@ -332,3 +332,26 @@ def test_only_the_target_is_guided_and_its_forwards_are_counted(
         assert torch.equal(weight, load_file(recorded / "path" / "00.safetensors")[name])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["network_evals"]["stage2"] == 9 * 64 * 20
+
+
+def test_the_students_update_and_score_matching_have_their_own_noise_levels(
+        recorded, tmp_path, no_figures, monkeypatch):
+    make, vsd_loss, score_matching = problem.make, disback.vsd_loss, disback.score_matching_loss
+    levels = {"vsd": [], "fake": []}
+
+    def spy(x0, sigma, *rest):
+        levels["vsd"].append(sigma)
+        return vsd_loss(x0, sigma, *rest)
+
+    def spy_fake(net, x0, sigma, *rest):
+        levels["fake"].append(sigma)
+        return score_matching(net, x0, sigma, *rest)
+
+    monkeypatch.setattr(disback, "vsd_loss", spy)
+    monkeypatch.setattr(disback, "score_matching_loss", spy_fake)
+    monkeypatch.setattr(problem, "make", lambda *args, **changes: dataclasses.replace(
+        make(*args, **changes), sample_sigma_vsd=lambda n: torch.full((n, 1), 3.0),
+        sample_sigma=lambda n: torch.full((n, 1), 4.0)))
+    backtracked(recorded, tmp_path)
+    assert {sigma.unique().item() for sigma in levels["vsd"]} == {3.0}
+    assert {sigma.unique().item() for sigma in levels["fake"]} == {4.0}

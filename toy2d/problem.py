@@ -105,6 +105,9 @@ def make(preset: str = "ring", seed: int = 0, device: torch.device | str = "cpu"
     student = (Untrained(config) if config.start == "off"
                else TeacherCopy(copy.deepcopy(teacher), config.start_sigma))
 
+    def sample_inputs(n: int) -> tuple[Tensor, None]:
+        return torch.randn(n, 2).to(device), None
+
     def sample_sigma(n: int) -> Tensor:
         return karras_sigma(n, config).to(device)
 
@@ -114,10 +117,10 @@ def make(preset: str = "ring", seed: int = 0, device: torch.device | str = "cpu"
         config=config, about=about,
         teacher=teacher.to(device), student=student.to(device),
         generate=lambda student, z, cond: student(z),
-        sample_inputs=lambda n: (torch.randn(n, 2).to(device), None),
+        sample_inputs=sample_inputs,
         sample_sigma=sample_sigma, sample_sigma_vsd=sample_sigma,
         score_weight=lambda sigma: score_weight(sigma, config.sigma_data),
-        evaluate=metrics.Evaluation(data), snapshot=2000,
+        evaluate=metrics.Evaluation(data), snapshot=lambda: sample_inputs(2000),
         draw=lambda out, path, compare: figures.draw(
             out, path, compare, teacher, lambda net, n: sample(net, n, config), data))
 

@@ -1,0 +1,207 @@
+"""EDM's ImageNet-64 model as the stages see it; preset tiny is the same on 8 x 8 digits."""
+
+import copy
+import hashlib
+import inspect
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+from tqdm import trange
+
+import disback
+from imagenet64 import digits, download, edm, features, figures, fid, pickles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every field is a flag. These are the values of preset tiny, found by trying; see README.md."""
+
+    degrade_steps: int = 60  # training steps of this stage
+    backtrack_steps: int = 300  # iterations: an update of the student, then the fake's
+    batch: int = 128  # images in a batch
+    nodes: int = 5  # N, the nodes that are recorded after the teacher
+    spacing: Literal["arc", "linear", "log"] = "arc"  # where nodes are recorded, see Recorder
+    interval: int = 10  # iterations that the target stays at a node
+    switch: Literal["interval", "adaptive"] = "interval"  # when the target moves on, see Walk
+    weighting: Literal["score", "eps", "x0", "dmd"] = "x0"  # w(sigma) of Eq. 8
+    lr_student: float = 3e-4  # learning rate of the student
+    lr_fake: float = 3e-4  # learning rate of the fake
+    lr_degrade: float = 3e-4  # learning rate of the degrading teacher
+    fake_updates: int = 1  # updates of the fake after each of the student
+    beta1: float = 0.0  # of Adam, as Diff-Instruct and SiD
+    beta2: float = 0.99  # of Adam
+    weight_decay: float = 0.0  # of AdamW; 0 makes it Adam
+    decay: Literal["cosine", "constant"] = "cosine"  # of the learning rates
+    ema: float = 0.95  # decay of the student's moving average; 0 keeps none
+    save_every: int = 100  # iterations between checkpoints
+    log_every: int = 25  # iterations between lines of log.jsonl
+
+    images: Literal["digits", "imagenet"] = "digits"  # the data, and with it the network's size
+    start: Literal["teacher", "untrained"] = "teacher"  # the student's first weights
+    start_sigma: float = 80.0  # the noise level at which the student generates
+    sigma_vsd: Literal["lognormal", "karras"] = "lognormal"  # levels of the student's update
+    sigma_fake: Literal["lognormal", "karras"] = "lognormal"  # levels of score matching
+    teacher: str = ""  # the teacher's file, .pkl or .safetensors; default: trained or downloaded
+    teacher_steps: int = 1500  # training steps of the digits' teacher
+    teacher_lr: float = 1e-3  # its learning rate
+
+    def __post_init__(self) -> None:
+        disback.check_config(self)
+
+
+# DMD2's setting on ImageNet-64, which the official DisBack ships for EDM as well. Its GAN loss and
+# its warm-up of 500 steps are left out. Path and interval are ours: no recipe was released.
+FULL = Config(images="imagenet", degrade_steps=1000, backtrack_steps=100_000, batch=280, nodes=10,
+              interval=500, weighting="dmd", lr_student=2e-6, lr_fake=2e-6, lr_degrade=2e-6,
+              fake_updates=5, beta1=0.9, beta2=0.999, weight_decay=0.01, decay="constant", ema=0.0,
+              save_every=1000, log_every=100, start_sigma=80.0, sigma_vsd="karras",
+              sigma_fake="karras")
+# Diff-Instruct's setting, published for CIFAR-10: the student starts where EDM denoises best.
+DIFF_INSTRUCT = replace(FULL, batch=128, weighting="x0", lr_student=1e-5, lr_fake=1e-5,
+                        lr_degrade=1e-5, fake_updates=1, beta1=0.0, weight_decay=0.0, ema=0.9999,
+                        start_sigma=1.0, sigma_vsd="lognormal", sigma_fake="lognormal")
+PRESETS = {"tiny": Config(), "full": FULL, "diff-instruct": DIFF_INSTRUCT}
+NETWORKS = {"digits": dict(img_resolution=8, img_channels=1, label_dim=10, model_channels=32,
+                           channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,)),
+            "imagenet": dict(img_resolution=64, img_channels=3, label_dim=1000)}
+OF_TEACHER = ("images", "teacher", "teacher_steps", "teacher_lr")
+OF_PATH = (*OF_TEACHER, "start", "start_sigma")
+
+
+def make(preset: str = "tiny", seed: int = 0, device: torch.device | str = "cpu",
+         **changes: int | float | str) -> disback.Problem:
+    """ImageNet-64, or the digits, as the stages see them; `changes` are fields of the preset.
+
+    The first call trains or downloads the teacher and keeps it; no seed of the student's changes
+    it. Labels are uniformly random: no stage sees an image of the data."""
+    config = replace(PRESETS[preset], **changes)
+    network = NETWORKS[config.images]
+    teacher, teacher_sha256 = load_teacher(config)
+    torch.manual_seed(seed)
+    student = copy.deepcopy(teacher) if config.start == "teacher" else edm.Denoiser(**network)
+    teacher, student = (net.to(device, memory_format=torch.channels_last)
+                        for net in (teacher, student))
+
+    def sample_inputs(n: int) -> tuple[Tensor, Tensor]:
+        return latents(n, config).to(device), labels(
+            torch.randint(network["label_dim"], (n,)), config).to(device)
+
+    def snapshot_inputs() -> tuple[Tensor, Tensor]:  # four images of each of ten classes
+        classes = torch.arange(10).repeat(4) * (network["label_dim"] // 10)
+        return latents(40, config).to(device), labels(classes, config).to(device)
+
+    about = {"problem": "imagenet64", "preset": preset, "seed": seed}
+    about |= {name: getattr(config, name) for name in OF_PATH} | {"teacher_sha256": teacher_sha256}
+    return disback.Problem(
+        config=config, about=about, teacher=teacher, student=student,
+        generate=lambda student, z, cond: generate(student, z, cond, config.start_sigma),
+        sample_inputs=sample_inputs,
+        sample_sigma=lambda n: sample_sigma(config.sigma_fake, n).to(device),
+        # DMD2 spares the student the ends of its grid of 1,000 levels, which teach it little.
+        sample_sigma_vsd=lambda n: sample_sigma(config.sigma_vsd, n, 0.02, 0.98).to(device),
+        score_weight=edm.score_weight,
+        evaluate=Evaluation(config, device) if config.images == "digits" else lambda student: {},
+        snapshot=snapshot_inputs,
+        draw=lambda out, path, compare: figures.draw(out, path, compare, teacher, config))
+
+
+def generate(student: edm.Denoiser, z: Tensor, cond: Tensor, sigma: float) -> Tensor:
+    """x0 [n, c, h, w] = D(sigma z, sigma, cond): the student's one step from z ~ N(0, 1)."""
+    return student(sigma * z, z.new_full((), sigma), cond)
+
+
+def latents(n: int, config: Config) -> Tensor:
+    """z ~ N(0, 1) [n, c, h, w]."""
+    network = NETWORKS[config.images]
+    return torch.randn(n, network["img_channels"], *2 * [network["img_resolution"]])
+
+
+def labels(classes: Tensor, config: Config) -> Tensor:
+    """Classes [n] as the networks take them, one-hot [n, label_dim]."""
+    return one_hot(classes, NETWORKS[config.images]["label_dim"]).float()
+
+
+def sample_sigma(kind: str, n: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """n noise levels [n, 1, 1, 1]: EDM's lognormal, or a Karras grid's made continuous, uniform in
+    sigma**(1 / 7) from its `low` to its `high` part of [0.002, 80]."""
+    if kind == "lognormal":
+        return edm.lognormal_sigma(n)
+    least, most = 0.002 ** (1 / 7), 80.0 ** (1 / 7)
+    part = low + (high - low) * torch.rand(n, 1, 1, 1)
+    return (least + part * (most - least)) ** 7
+
+
+class Evaluation:
+    """A student's Fréchet distance to all digits, in the units of the digits' classifier, and the
+    share of images that it gives their label; from as many images as there are digits, the noise
+    and the labels always the same."""
+
+    def __init__(self, config: Config, device: torch.device | str):
+        self.config, self.device = config, device
+        self.extract, self.reference = features.of_digits(device)
+        self.classifier = digits.classifier().to(device)
+        self.classes = digits.load()[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(1)
+            self.z = latents(len(self.classes), config)
+
+    @torch.no_grad()
+    def __call__(self, student: edm.Denoiser) -> dict[str, float]:
+        statistics, right = fid.Statistics(digits.Classifier.dim), 0
+        for z, classes in zip(self.z.split(256), self.classes.split(256)):
+            x0 = generate(student, z.to(self.device), labels(classes, self.config).to(self.device),
+                          self.config.start_sigma)
+            images = edm.to_uint8(x0)
+            statistics.add(self.extract(images))
+            found = self.classifier.classes(images / 127.5 - 1).cpu()
+            right += (found == classes).sum().item()
+        distance = fid.frechet_distance(statistics.mean, statistics.cov, *self.reference)
+        return {"frechet": distance, "accuracy": right / len(self.classes)}
+
+
+def load_teacher(config: Config) -> tuple[edm.Denoiser, str]:
+    """The teacher and its weights' SHA-256: from a file that was named, the digits' from the cache
+    or trained into it, ImageNet's downloaded and converted once. Refusal where that fails."""
+    torch.manual_seed(0)
+    net = edm.Denoiser(**NETWORKS[config.images])
+    file = Path(config.teacher)
+    if not config.teacher and config.images == "digits":
+        source = "".join(map(inspect.getsource, (edm, digits.load, train)))
+        depends_on = repr([getattr(config, name) for name in OF_TEACHER]) + source
+        name = hashlib.sha256((depends_on + torch.__version__).encode()).hexdigest()[:16]
+        file = download.cached(f"digits-teacher-{name}.safetensors")
+        if not file.exists():
+            train(net, config)
+            disback.save_tensors(file, net.state_dict())
+    elif not config.teacher:
+        file = download.fetch(download.TEACHER, download.cached(download.TEACHER.split("/")[-1]))
+    if file.suffix == ".pkl":
+        converted = download.cached(f"{disback.sha256(file)[:16]}.safetensors")
+        if not converted.exists():
+            pickles.convert(file, converted)
+        file = converted
+    disback.load_net(file, net)
+    return net, disback.sha256(file)
+
+
+def train(net: edm.Denoiser, config: Config, batch: int = 128) -> None:
+    """EDM's training on the digits: denoising score matching with labels, cosine decay."""
+    images, classes = digits.load()
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.teacher_lr, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.teacher_steps)
+    for _ in (progress := trange(config.teacher_steps, desc="teacher (first use)")):
+        chosen, sigma = torch.randint(len(images), (batch,)), edm.lognormal_sigma(batch)
+        loss = disback.score_matching_loss(net, images[chosen], sigma,
+                                           labels(classes[chosen], config), edm.score_weight(sigma))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.3g}", refresh=False)
+    if not math.isfinite(loss.item()):
+        raise disback.Refusal("the teacher's training diverged: try a lower --teacher-lr")
