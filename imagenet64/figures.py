@@ -1,1 +1,89 @@
-def draw(*a): pass
+"""The figures of a run, drawn from its folder alone; README.md beside this file explains them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor, nn
+
+import disback
+from imagenet64.edm import to_uint8
+from toy2d.figures import STUDENT, TARGET, draw_convergence, read_snapshots, save, switches
+
+COLUMNS = 10  # images in a row, of as many classes, the same in every row
+
+
+@torch.no_grad()
+def draw(out: Path, path: disback.Path | None, compare: Path | None, net: nn.Module,
+         sample: Callable[[nn.Module], Tensor], floor: float | None) -> None:
+    """Write path.png, teacher_student.png and, where the distance to the data was measured,
+    convergence.png to `out`/figures.
+
+    `net` is a denoiser that the nodes are loaded into; sample(net) draws images [40, c, h, w] from
+    it, by many steps, of the snapshots' noise and labels; `floor`: what halves of the data differ.
+    """
+    folder = out / "figures"
+    folder.mkdir(exist_ok=True)
+    snapshots = read_snapshots(out)
+    nodes = []
+    for node in range(len(path) if path else 1):
+        if path:
+            path.load(node, net)
+        nodes.append(sample(net).cpu())
+    draw_path(folder / "path.png", nodes, snapshots)
+    draw_pairs(folder / "teacher_student.png", nodes[0], snapshots[-1][1]["x0"])
+    if floor is not None:
+        draw_convergence(folder / "convergence.png", out, compare, "frechet",
+                         "Fréchet distance to the digits", floor, "two halves of the data")
+
+
+def draw_path(file: Path, nodes: list[Tensor], snapshots: list) -> None:
+    """Images of every node, teacher first; beside them the student's after every switch."""
+    last, end = len(nodes) - 1, snapshots[-1]
+    names = {last: f"node {last}:\ndegraded", 0: "node 0:\nthe teacher"}
+    there = [(x, names.get(i, f"node {i}")) for i, x in enumerate(nodes)]
+    back = [(kept["x0"], f"iteration {step}:\nto node {int(kept['node'])}")
+            for step, kept in [snapshots[0], *switches(snapshots)]]
+    back.append((end[1]["x0"], f"iteration {end[0]}:\nthe end"))
+    rows = max(len(there), len(back))
+    figure, axes = plt.subplots(rows, 2, figsize=(13, 0.75 * rows + 0.7), layout="constrained",
+                                squeeze=False)
+    titles = (("The path: each node's images, by 18 steps", TARGET),
+              ("The way back: the student's images, in one step", STUDENT))
+    for column, part, (title, color) in zip(axes.T, (there, back), titles):
+        column[0].set_title(title, color=color)
+        for axis in column:
+            axis.set_axis_off()
+        for axis, (images, name) in zip(column, part):
+            show(axis, images[:COLUMNS])
+            axis.text(-0.01, 0.5, name, transform=axis.transAxes, ha="right", va="center")
+    figure.suptitle("Every column has one label and one noise")
+    save(figure, file)
+
+
+def draw_pairs(file: Path, teacher: Tensor, student: Tensor) -> None:
+    """Teacher and student side by side, from the same noise and labels."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
+    for axis, images, title, color in ((axes[0], teacher, "Teacher, 35 evaluations", TARGET),
+                                       (axes[1], student, "Student, 1 evaluation", STUDENT)):
+        show(axis, images)
+        axis.set_title(title, color=color)
+        axis.set_axis_off()
+    figure.suptitle("Same noise and labels at the same places")
+    save(figure, file)
+
+
+def show(axis: plt.Axes, images: Tensor) -> None:
+    """Images [n, c, h, w] in rows of 10, n a multiple of it, with a thin gap between them."""
+    axis.imshow(grid(to_uint8(images)).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+
+
+def grid(images: Tensor, columns: int = COLUMNS) -> Tensor:
+    """One uint8 image [h, w, c], c = 1 or 3, of uint8 images [n, c, h, w], in rows."""
+    images = nn.functional.pad(images, (0, 1, 0, 1), value=255)
+    missing = -len(images) % columns
+    images = torch.cat([images, images.new_full((missing, *images.shape[1:]), 255)])
+    n, channels, height, width = images.shape
+    return images.reshape(n // columns, columns, channels, height, width).permute(
+        0, 3, 1, 4, 2).reshape(n // columns * height, columns * width, channels)

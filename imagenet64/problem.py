@@ -14,12 +14,12 @@ from torch.nn.functional import one_hot
 from tqdm import trange
 
 import disback
-from imagenet64 import digits, download, edm, features, figures, fid, pickles
+from imagenet64 import digits, download, edm, features, figures, frechet, pickles
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every field is a flag. These are the values of preset tiny, found by trying; see README.md."""
+    """Every field is a flag. The values are preset tiny's, found by trying, see README.md."""
 
     degrade_steps: int = 60  # training steps of this stage
     backtrack_steps: int = 300  # iterations: an update of the student, then the fake's
@@ -91,10 +91,13 @@ def make(preset: str = "tiny", seed: int = 0, device: torch.device | str = "cpu"
         return latents(n, config).to(device), labels(
             torch.randint(network["label_dim"], (n,)), config).to(device)
 
-    def snapshot_inputs() -> tuple[Tensor, Tensor]:  # four images of each of ten classes
-        classes = torch.arange(10).repeat(4) * (network["label_dim"] // 10)
-        return latents(40, config).to(device), labels(classes, config).to(device)
+    with torch.random.fork_rng(devices=[]):  # four images of each of ten classes, for the figures
+        torch.default_generator.manual_seed(2)
+        kept_z = latents(40, config).to(device)
+    classes = torch.arange(10).repeat(4) * (network["label_dim"] // 10)
+    kept_cond = labels(classes, config).to(device)
 
+    evaluate = Evaluation(config, device) if config.images == "digits" else None
     about = {"problem": "imagenet64", "preset": preset, "seed": seed}
     about |= {name: getattr(config, name) for name in OF_PATH} | {"teacher_sha256": teacher_sha256}
     return disback.Problem(
@@ -105,9 +108,10 @@ def make(preset: str = "tiny", seed: int = 0, device: torch.device | str = "cpu"
         # DMD2 spares the student the ends of its grid of 1,000 levels, which teach it little.
         sample_sigma_vsd=lambda n: sample_sigma(config.sigma_vsd, n, 0.02, 0.98).to(device),
         score_weight=edm.score_weight,
-        evaluate=Evaluation(config, device) if config.images == "digits" else lambda student: {},
-        snapshot=snapshot_inputs,
-        draw=lambda out, path, compare: figures.draw(out, path, compare, teacher, config))
+        evaluate=evaluate or (lambda student: {}), snapshot=lambda: (kept_z, kept_cond),
+        draw=lambda out, path, compare: figures.draw(
+            out, path, compare, teacher, lambda net: edm.heun(net, kept_z, kept_cond),
+            evaluate and evaluate.of_halves()))
 
 
 def generate(student: edm.Denoiser, z: Tensor, cond: Tensor, sigma: float) -> Tensor:
@@ -115,10 +119,11 @@ def generate(student: edm.Denoiser, z: Tensor, cond: Tensor, sigma: float) -> Te
     return student(sigma * z, z.new_full((), sigma), cond)
 
 
-def latents(n: int, config: Config) -> Tensor:
+def latents(n: int, config: Config, generator: torch.Generator | None = None) -> Tensor:
     """z ~ N(0, 1) [n, c, h, w]."""
     network = NETWORKS[config.images]
-    return torch.randn(n, network["img_channels"], *2 * [network["img_resolution"]])
+    size = network["img_resolution"]
+    return torch.randn(n, network["img_channels"], size, size, generator=generator)
 
 
 def labels(classes: Tensor, config: Config) -> Tensor:
@@ -152,7 +157,7 @@ class Evaluation:
 
     @torch.no_grad()
     def __call__(self, student: edm.Denoiser) -> dict[str, float]:
-        statistics, right = fid.Statistics(digits.Classifier.dim), 0
+        statistics, right = frechet.Statistics(digits.Classifier.dim), 0
         for z, classes in zip(self.z.split(256), self.classes.split(256)):
             x0 = generate(student, z.to(self.device), labels(classes, self.config).to(self.device),
                           self.config.start_sigma)
@@ -160,16 +165,31 @@ class Evaluation:
             statistics.add(self.extract(images))
             found = self.classifier.classes(images / 127.5 - 1).cpu()
             right += (found == classes).sum().item()
-        distance = fid.frechet_distance(statistics.mean, statistics.cov, *self.reference)
+        distance = frechet.frechet_distance(statistics.mean, statistics.cov, *self.reference)
         return {"frechet": distance, "accuracy": right / len(self.classes)}
+
+    def of_halves(self, splits: int = 20) -> float:
+        """The mean distance between random halves of the digits: what chance alone makes of it."""
+        images, generator = edm.to_uint8(digits.load()[0]), torch.Generator().manual_seed(0)
+        distances = []
+        for _ in range(splits):
+            halves = images[torch.randperm(len(images), generator=generator)].tensor_split(2)
+            both = [frechet.Statistics(digits.Classifier.dim) for _ in halves]
+            for statistics, half in zip(both, halves):
+                statistics.add(self.extract(half))
+            distances.append(frechet.frechet_distance(both[0].mean, both[0].cov,
+                                                  both[1].mean, both[1].cov))
+        return sum(distances) / splits
 
 
 def load_teacher(config: Config) -> tuple[edm.Denoiser, str]:
     """The teacher and its weights' SHA-256: from a file that was named, the digits' from the cache
     or trained into it, ImageNet's downloaded and converted once. Refusal where that fails."""
+    file = Path(config.teacher)
+    if not config.teacher and config.images == "imagenet":
+        file = download.fetch(download.TEACHER, download.cached(download.TEACHER.split("/")[-1]))
     torch.manual_seed(0)
     net = edm.Denoiser(**NETWORKS[config.images])
-    file = Path(config.teacher)
     if not config.teacher and config.images == "digits":
         source = "".join(map(inspect.getsource, (edm, digits.load, train)))
         depends_on = repr([getattr(config, name) for name in OF_TEACHER]) + source
@@ -178,10 +198,8 @@ def load_teacher(config: Config) -> tuple[edm.Denoiser, str]:
         if not file.exists():
             train(net, config)
             disback.save_tensors(file, net.state_dict())
-    elif not config.teacher:
-        file = download.fetch(download.TEACHER, download.cached(download.TEACHER.split("/")[-1]))
     if file.suffix == ".pkl":
-        converted = download.cached(f"{disback.sha256(file)[:16]}.safetensors")
+        converted = download.cached(f"{file.stem}-{disback.sha256(file)[:16]}.safetensors")
         if not converted.exists():
             pickles.convert(file, converted)
         file = converted

@@ -1,8 +1,6 @@
 """The Fréchet distance against reference data, scipy and closed forms; its measurement, cut off."""
 
 import json
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ import torch
 from conftest import ROOT
 
 import disback
-from imagenet64 import digits, features, fid
+from imagenet64 import digits, features, fid, problem, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 REFERENCE = np.load(ROOT / "tests" / "data" / "fid_reference.npz")
@@ -287,7 +285,7 @@ def test_the_command_measures_an_npz_against_the_digits_and_keeps_the_result(cap
     assert found["distances"] == pytest.approx(
         [fid.frechet_distance(s.mean, s.cov, *data) for s in expected], rel=1e-5)
     kept = json.loads((tmp_path / "half.fid.json").read_text())
-    assert kept == {"preset": "tiny"} | found
+    assert kept == found
     assert sorted(f.name for f in tmp_path.iterdir()) == ["half.fid.json", "half.npz"]
 
 
@@ -319,19 +317,17 @@ def test_the_command_takes_inception_and_reference_from_files(capsys, tmp_path, 
     assert found["min"] == pytest.approx(3 + (3 * 4 / 3 + 3 - 2 * 4**0.5), rel=1e-9)
 
 
-def test_the_command_gives_every_block_of_a_student_its_own_seeds(capsys, monkeypatch, tmp_path):
+def test_the_command_gives_every_block_of_a_run_its_own_seeds(capsys, monkeypatch, tmp_path):
     asked = []
 
-    def images(weights, preset, seeds, batch, device):
-        asked.append((weights, preset, list(seeds)))
+    def images(seeds):
+        asked.append(list(seeds))
         x = [torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return features.to_uint8(torch.stack(x)).split(batch)
+        return ((part, None) for part in features.to_uint8(torch.stack(x)).split(8))
 
-    monkeypatch.setitem(sys.modules, "imagenet64.sample", types.SimpleNamespace(images=images))
-    (tmp_path / "student.safetensors").write_bytes(b"weights")
-    found = run(capsys, tmp_path, "--images", 20, "--blocks", 2, "--batch", 8)
-    weights = tmp_path / "student.safetensors"
-    assert asked == [(weights, "tiny", [*range(20)]), (weights, "tiny", [*range(20, 40)])]
+    monkeypatch.setattr(sample, "source", lambda args: (images, problem.Config(), {"steps": 1}))
+    found = run(capsys, tmp_path, "--images", 20, "--blocks", 2)
+    assert asked == [[*range(20)], [*range(20, 40)]]
     assert (tmp_path / "fid.json").exists() and len(set(found["distances"])) == 2
 
 
@@ -340,7 +336,7 @@ def test_the_command_gives_every_block_of_a_student_its_own_seeds(capsys, monkey
     (["x.npz", "--images", "11"], "10 images, too few"), (["x.npz", "--preset", "large"], "large"),
     (["x.npz", "--preset", "full"], "uint8"), (["x.npz", "--reference", "x"], "--reference"),
     (["flat.npz"], r"\[n, h, w, c\]"), (["float.npz"], "uint8"), (["text.npz"], "text.npz"),
-    (["objects.npz"], "objects.npz"), (["empty.npz"], "2 images"), ([], "SOURCE")])
+    (["objects.npz"], "objects.npz"), (["empty.npz"], "2 images"), ([], "RUN")])
 def test_the_command_refuses_by_name(monkeypatch, tmp_path, inception, argv, cause):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fid, "files", lambda args: inception)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import disback
+from toy2d.metrics import Evaluation
 from toy2d.mixture import Mixture
 
 matplotlib.use("Agg")
@@ -37,9 +38,11 @@ def draw(out: Path, path: disback.Path | None, compare: Path | None, net: nn.Mod
                 path.load(node, net)
             nodes.append(sample(net, 1000))
         points = data.sample(1000)
+        floor = Evaluation(data).of(data.sample(Evaluation.samples))["swd"]
         draw_mismatch(folder / "mismatch.png", path, net, snapshots[0][1]["x0"], data)
     draw_path(folder / "path.png", nodes, snapshots, points)
-    draw_convergence(folder / "convergence.png", out, compare)
+    draw_convergence(folder / "convergence.png", out, compare, "swd",
+                     "SWD of the student to the data", floor, "two sets of data")
     draw_gif(folder / "backtracking.gif", nodes, snapshots, points)
 
 
@@ -121,8 +124,10 @@ def draw_path(file: Path, nodes: list[Tensor], snapshots: list, points: Tensor) 
     save(figure, file)
 
 
-def draw_convergence(file: Path, out: Path, compare: Path | None) -> None:
-    """SWD and mismatch degree against network evaluations, those of stage 1 before them."""
+def draw_convergence(file: Path, out: Path, compare: Path | None, metric: str, label: str,
+                     floor: float, floors_name: str) -> None:
+    """A metric of log.jsonl and the mismatch degree against network evaluations, those of stage 1
+    before them; `floor` is the least that the metric can reach."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6.5), sharex=True, layout="constrained")
     for run, color in ((out, STUDENT), (compare, OTHER)):
         if run is None:
@@ -133,7 +138,7 @@ def draw_convergence(file: Path, out: Path, compare: Path | None) -> None:
         at = [(stage1 + line["network_evals"]) / 1e6 for line in lines]
         name = {"disback": "DisBack", "vsd": "VSD"}[metrics["method"]]
         name += f" (stage 1: {stage1 / 1e6:.2f} M)" if stage1 else ""
-        top.plot(at, [line["swd"] for line in lines], color=color, label=name)
+        top.plot(at, [line[metric] for line in lines], color=color, label=name)
         bottom.plot(at, [line["mismatch"] for line in lines], color=color, label=name)
         if stage1:
             for axis in (top, bottom):
@@ -143,10 +148,10 @@ def draw_convergence(file: Path, out: Path, compare: Path | None) -> None:
             for axis in (top, bottom):
                 axis.axvline((stage1 + evals_a_step * step) / 1e6, color=color, linewidth=0.8,
                              linestyle=":")
-    top.set(yscale="log", ylabel="SWD of the student to the data",
+    top.set(yscale="log", ylabel=label,
             title="Convergence (shaded: stage 1; dotted: the target has switched)")
-    top.axhline(0.05, color=DATA, linewidth=1)
-    top.text(0.995, 0.052, "two sets of data", color="#808080", fontsize=8, ha="right",
+    top.axhline(floor, color=DATA, linewidth=1)
+    top.text(0.995, floor * 1.04, floors_name, color="#808080", fontsize=8, ha="right",
              transform=top.get_yaxis_transform())
     bottom.set(yscale="log", ylabel="mismatch degree", xlabel="network evaluations, millions")
     top.legend()

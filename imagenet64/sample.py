@@ -1,0 +1,153 @@
+"""Images from a student in one step, or from its teacher or a node: python -m imagenet64.sample RUN
+
+RUN is a run's folder; the word teacher stands for the teacher of --preset, which needs no run. The
+image of a seed is the same whatever the batch. Writes a grid (.png), or (.npz) uint8 arr_0
+[n, h, w, c] and the classes arr_1 [n], the layout that FID tools read.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import disback
+from imagenet64 import edm, figures, problem
+
+Images = Callable[[range], Iterable[tuple[Tensor, Tensor]]]  # seeds -> uint8 [n, c, h, w], classes
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("python -m imagenet64.sample", description=__doc__,
+                                     allow_abbrev=False)
+    parser.error = disback.refuse
+    add_source(parser)
+    parser.add_argument("--images", type=int, default=40, help="how many (40)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image (0)")
+    parser.add_argument("--classes", type=int, nargs="+", metavar="C",
+                        help="in turn (random, each from its image's seed)")
+    parser.add_argument("--to", type=Path, help=".png or .npz file (RUN/samples.png)")
+    args = parser.parse_args(argv)
+    file = args.to or default_name(args).with_suffix(".png")
+    if file.suffix not in (".png", ".npz"):
+        disback.refuse(f"--to must be a .png or an .npz file, not {file}")
+    if args.images < 1 or args.seed < 0:
+        disback.refuse("--images must be at least 1 and --seed at least 0")
+    sample, _, _ = source(args, args.classes)
+    batches = sample(range(args.seed, args.seed + args.images))
+    made = list(tqdm(batches, total=-(-args.images // args.batch), unit="batch"))
+    images, classes = (torch.cat(part) for part in zip(*made))
+    if file.suffix == ".png":
+        write_png(file, images)
+    else:
+        arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "arr_1": classes.numpy()}
+        disback.atomically(file, lambda beside: save_npz(beside, arrays))
+    print(file)
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """The flags that name what to draw from."""
+    parser.add_argument("source", metavar="RUN", help="a run's folder, or: teacher")
+    parser.add_argument("--node", type=int, help="a node of the run's path; 0 is the teacher")
+    parser.add_argument("--preset", choices=problem.PRESETS, help="the run's, or the teacher's")
+    parser.add_argument("--steps", type=int, default=18, help="of Heun's method, for a node (18)")
+    parser.add_argument("--batch", type=int, default=64, help="images in memory at a time (64)")
+
+
+def default_name(args: argparse.Namespace, name: str = "samples") -> Path:
+    """Where the results of a source belong, but for the suffix."""
+    if args.source == "teacher":
+        return Path(f"{name}-teacher-{args.preset or 'tiny'}")
+    return Path(args.source) / (name if args.node is None else f"{name}-node-{args.node:02d}")
+
+
+def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
+        Images, problem.Config, dict]:
+    """(images of seeds, the config, what identifies them) of the source that the flags name.
+
+    Refuses a run of another problem or preset, a node that is not on its path, weights of another
+    network, and classes that there are not.
+    """
+    for name in ("steps", "batch"):
+        if getattr(args, name) < 1:
+            disback.refuse(f"--{name} must be at least 1, not {getattr(args, name)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.source == "teacher":
+        config = problem.PRESETS[args.preset or "tiny"]
+        net, sha256 = problem.load_teacher(config)
+        one_step = False
+    else:
+        config = config_of(Path(args.source), args.preset, args.node)
+        net = edm.Denoiser(**problem.NETWORKS[config.images])
+        one_step = args.node is None
+        file = Path(args.source) / "student.safetensors"
+        if not one_step:
+            path = disback.Path(Path(args.source) / "path")
+            if not 0 <= args.node < len(path):
+                disback.refuse(f"--node must be from 0 to {len(path) - 1}, not {args.node}")
+            file = path.files[args.node]
+        disback.load_net(file, net)
+        sha256 = disback.sha256(file)
+    count = problem.NETWORKS[config.images]["label_dim"]
+    for wrong in (c for c in classes or () if not 0 <= c < count):
+        disback.refuse(f"--classes must be from 0 to {count - 1}, not {wrong}")
+    net = net.to(device, memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def images(seeds: range) -> Iterable[tuple[Tensor, Tensor]]:
+        for start in range(0, len(seeds), args.batch):
+            z, of = inputs(seeds[start:start + args.batch], classes, config)
+            z, cond = z.to(device), problem.labels(of, config).to(device)
+            x0 = (problem.generate(net, z, cond, config.start_sigma) if one_step
+                  else edm.heun(net, z, cond, args.steps))
+            yield edm.to_uint8(x0).cpu(), of
+
+    return images, config, {"weights_sha256": sha256, "steps": 1 if one_step else args.steps}
+
+
+def config_of(run: Path, preset: str | None, node: int | None) -> problem.Config:
+    """The config that a run was made with, from its config.json."""
+    stage = "backtrack" if node is None else "degrade"
+    file = run / "config.json"
+    stages = disback.load_json(file, "name a run's folder")
+    with disback.blame(f"{run} holds no finished stage {stage} of imagenet64"):
+        settings = stages[stage]
+        disback.must_agree(run, settings, {"problem": "imagenet64"})
+        disback.must_agree(run, settings, {"preset": preset or settings["preset"]})
+        return problem.Config(**{field.name: settings[field.name]
+                                 for field in dataclasses.fields(problem.Config)})
+
+
+def inputs(seeds: range, classes: list[int] | None, config: problem.Config) -> tuple[
+        Tensor, Tensor]:
+    """z [n, c, h, w] and classes [n], an image's from its own seed alone."""
+    count, z, of = problem.NETWORKS[config.images]["label_dim"], [], []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        z.append(problem.latents(1, config, generator))
+        random = torch.randint(count, (), generator=generator)
+        of.append(torch.tensor(classes[seed % len(classes)]) if classes else random)
+    return torch.cat(z), torch.stack(of)
+
+
+def write_png(file: Path, images: Tensor) -> None:
+    """A grid of uint8 images [n, c, h, w] in rows of 10, small ones enlarged."""
+    grid = figures.grid(images).numpy()
+    enlarge = max(1, 64 // images.shape[-1])
+    grid = grid.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
+    disback.atomically(file, lambda beside: plt.imsave(
+        beside, grid.repeat(3, axis=2) if grid.shape[2] == 1 else grid, format="png"))
+
+
+def save_npz(file: Path, arrays: dict) -> None:
+    with open(file, "wb") as handle:  # given a name, numpy would add a suffix of its own
+        np.savez(handle, **arrays)
+
+
+if __name__ == "__main__":
+    disback.run(main)

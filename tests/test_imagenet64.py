@@ -1,0 +1,300 @@
+"""imagenet64 end to end on digits: the problem, both stages, sampling, and what they refuse."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from safetensors.torch import load_file, save_file
+from scipy.stats import kstest
+
+import backtrack
+import degrade
+import disback
+from imagenet64 import digits, download, edm, features, problem, sample
+
+SMALL = ["--teacher-steps", "2", "--batch", "8", "--log-every", "3"]
+DEGRADE = ["imagenet64", *SMALL, "--steps", "4", "--nodes", "2"]
+BACKTRACK = ["imagenet64", *SMALL, "--steps", "6", "--interval", "2", "--save-every", "3"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of both stages; copy it before writing to it."""
+    out = tmp_path_factory.mktemp("run")
+    degrade.main([*DEGRADE, "--out", str(out)])
+    backtrack.main([*BACKTRACK, "--out", str(out)])
+    return out
+
+
+@pytest.fixture
+def tiny():
+    return problem.make("tiny", teacher_steps=2)
+
+
+def sampled(capsys, *argv):
+    """The arrays of an .npz that the command wrote."""
+    sample.main([*map(str, argv)])
+    with np.load(capsys.readouterr().out.strip(), allow_pickle=False) as data:
+        return data["arr_0"], data["arr_1"]
+
+
+# ------------------------------------------------------------------------------- the problem
+
+
+def test_the_student_starts_as_a_copy_of_the_teacher_that_denoises_pure_noise_once(tiny):
+    z, cond = tiny.sample_inputs(3)
+    expected = tiny.teacher(80 * z, torch.full((3, 1, 1, 1), 80.0), cond)
+    torch.testing.assert_close(tiny.generate(tiny.student, z, cond), expected)
+    theirs = {p.data_ptr() for p in tiny.teacher.parameters()}
+    assert not any(p.data_ptr() in theirs for p in tiny.student.parameters())
+
+
+def test_an_untrained_student_depends_on_the_seed_and_the_teacher_does_not():
+    one, other = (problem.make("tiny", seed, start="untrained", teacher_steps=2)
+                  for seed in (0, 1))
+    name = "model.enc.8x8_conv.weight"
+    assert not torch.equal(one.student.state_dict()[name], other.student.state_dict()[name])
+    assert torch.equal(one.teacher.state_dict()[name], other.teacher.state_dict()[name])
+
+
+def test_labels_are_one_hot_and_uniform_and_latents_are_normal(tiny):
+    torch.manual_seed(0)
+    z, cond = tiny.sample_inputs(5000)
+    assert (cond.sum(dim=1) == 1).all() and set(cond.unique().tolist()) == {0.0, 1.0}
+    assert (cond.mean(dim=0) - 0.1).abs().max() < 4 * (0.09 / 5000) ** 0.5
+    assert z.shape == (5000, 1, 8, 8) and kstest(z[:, 0, 3, 5].numpy(), "norm").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (0.02, 0.98)])
+def test_karras_levels_are_uniform_in_the_seventh_root_between_their_ends(low, high):
+    torch.manual_seed(0)
+    sigma = problem.sample_sigma("karras", 20_000, low, high)
+    grid = edm.karras_grid(1001)[:-1].flip(0)  # index 0 … 1000, sigma from 0.002 to 80
+    least, most = grid[round(low * 1000)].item(), grid[round(high * 1000)].item()
+    assert sigma.min() >= least * 0.999 and sigma.max() <= most * 1.001
+    roots = (sigma.flatten() ** (1 / 7) - least ** (1 / 7)) / (most ** (1 / 7) - least ** (1 / 7))
+    assert kstest(roots.numpy(), "uniform").pvalue > 1e-3
+
+
+def test_lognormal_levels_have_edms_mean_and_deviation(tiny):
+    torch.manual_seed(0)
+    sigma = tiny.sample_sigma(20_000)
+    assert sigma.shape == (20_000, 1, 1, 1)
+    assert kstest(sigma.flatten().log().numpy(), "norm", args=(-1.2, 1.2)).pvalue > 1e-3
+
+
+def test_full_is_dmd2s_published_setting_and_the_other_diff_instructs():
+    full, other = problem.PRESETS["full"], problem.PRESETS["diff-instruct"]
+    assert (full.lr_student, full.lr_fake, full.batch, full.fake_updates) == (2e-6, 2e-6, 280, 5)
+    assert (full.beta1, full.beta2, full.weight_decay, full.ema) == (0.9, 0.999, 0.01, 0.0)
+    assert (full.start_sigma, full.weighting, full.sigma_vsd) == (80.0, "dmd", "karras")
+    assert (other.lr_student, other.fake_updates, other.start_sigma) == (1e-5, 1, 1.0)
+    assert (other.beta1, other.weighting, other.sigma_vsd) == (0.0, "x0", "lognormal")
+
+
+def test_evaluating_the_data_themselves_gives_no_distance_and_the_classifiers_accuracy():
+    evaluate, images = problem.Evaluation(problem.Config(), "cpu"), digits.load()[0]
+    batches = iter(images.split(256))
+    found = evaluate(lambda x, sigma, cond: next(batches))
+    assert found["frechet"] == pytest.approx(0.0, abs=1e-6)
+    assert found["accuracy"] > 0.99
+
+
+def test_evaluating_leaves_the_random_state_alone(tiny):
+    before = torch.get_rng_state()
+    tiny.evaluate(tiny.student)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_halves_of_the_digits_are_as_far_apart_as_numpy_says():
+    evaluate = problem.Evaluation(problem.Config(), "cpu")
+    images = edm.to_uint8(digits.load()[0])
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    parts = [evaluate.extract(images[part]).double().numpy() for part in order.tensor_split(2)]
+    a, b = (np.cov(part.T) for part in parts)
+    values = np.linalg.eigvals(a @ b).real.clip(min=0)
+    expected = ((parts[0].mean(0) - parts[1].mean(0)) ** 2).sum() + np.trace(a + b) - 2 * (
+        values**0.5).sum()
+    assert evaluate.of_halves(splits=1) == pytest.approx(expected, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------ the two stages
+
+
+def test_both_stages_write_the_run_folder_with_figures_and_complete_metrics(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert {"problem", "preset", "seed", "method", "steps", "seconds", "network_evals", "frechet",
+            "accuracy", "peak_memory_bytes"} <= metrics.keys()
+    assert metrics["node"] == 0 and metrics["method"] == "disback"
+    for figure in ("path.png", "teacher_student.png", "convergence.png"):
+        assert imread(run / "figures" / figure).std() > 0
+
+
+@pytest.mark.parametrize("fake_updates", [1, 2])
+def test_network_evals_are_the_forwards_and_backwards_that_are_made(run, tmp_path, monkeypatch,
+                                                                    fake_updates):
+    """In forwards of one image: a backward through the weights counts 2 (a bound of 4k + 4)."""
+    spent = 0
+
+    def count(module, inputs, output):
+        nonlocal spent
+        if isinstance(module, edm.ADM) and len(output) == 8:
+            spent += 8 * (3 if output.requires_grad else 1)
+
+    monkeypatch.setattr(problem.Evaluation, "__call__", lambda *args: {})
+    monkeypatch.setattr(problem.figures, "draw", lambda *args: None)
+    shutil.copytree(run / "path", tmp_path / "path")
+    hook = torch.nn.modules.module.register_module_forward_hook(count)
+    try:
+        backtrack.main([*BACKTRACK, "--out", str(tmp_path), "--fake-updates", str(fake_updates)])
+    finally:
+        hook.remove()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["network_evals"]["stage2"] == spent == (4 * fake_updates + 4) * 8 * 6
+
+
+def test_a_run_that_is_cut_off_resumes_to_the_same_bits(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(problem.figures, "draw", lambda *args: None)
+    shutil.copytree(run / "path", tmp_path / "path")
+    update, left = disback.update, 2 * 4
+
+    def cut(*args):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        update(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disback, "update", cut)
+        with pytest.raises(KeyboardInterrupt):
+            backtrack.main([*BACKTRACK, "--out", str(tmp_path)])
+    backtrack.main([*BACKTRACK, "--out", str(tmp_path), "--resume"])
+    whole, resumed = (load_file(out / "student.safetensors") for out in (run, tmp_path))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_snapshots_are_of_the_same_noise_and_labels_in_every_run(run, tiny):
+    z, cond = tiny.snapshot()
+    with torch.no_grad():
+        expected = tiny.generate(tiny.student, z, cond)
+    first = load_file(run / "snapshots" / "0000000.safetensors")["x0"]
+    torch.testing.assert_close(first, expected)
+    assert cond.argmax(dim=1).tolist() == [*range(10)] * 4
+
+
+# ------------------------------------------------------------------------------------ sampling
+
+
+def test_an_image_depends_on_its_seed_alone(run, tmp_path, capsys):
+    file = tmp_path / "x.npz"
+    whole, classes = sampled(capsys, run, "--images", 7, "--batch", 7, "--to", file)
+    parts, same = sampled(capsys, run, "--images", 4, "--seed", 3, "--batch", 3, "--to", file)
+    assert np.abs(whole[3:].astype(int) - parts).max() <= 1 and (classes[3:] == same).all()
+    assert whole.shape == (7, 8, 8, 1) and whole.dtype == np.uint8
+    assert len(np.unique(whole, axis=0)) == 7
+
+
+def test_a_runs_images_are_its_students_in_one_step(run, tmp_path, capsys):
+    found, classes = sampled(capsys, run, "--images", 3, "--classes", 7, 2, "--to",
+                             tmp_path / "x.npz")
+    assert classes.tolist() == [7, 2, 7]
+    student = edm.Denoiser(**problem.NETWORKS["digits"])
+    disback.load_net(run / "student.safetensors", student)
+    z = torch.stack([torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(seed))
+                     for seed in range(3)])
+    with torch.no_grad():
+        x0 = student(80 * z, torch.tensor(80.0), torch.eye(10)[classes])
+    expected = features.to_uint8(x0)[:, 0].numpy().astype(int)
+    assert np.abs(expected - found[..., 0]).max() <= 1  # a rounding may fall on either side
+
+
+def test_a_nodes_images_are_drawn_by_heuns_method_and_node_0_is_the_teacher(run, tmp_path, capsys):
+    flags = ["--images", 3, "--steps", 5, "--to", tmp_path / "x.npz"]
+    teacher = sampled(capsys, run, "--node", 0, *flags)[0]
+    node = sampled(capsys, run, "--node", 2, *flags)[0]
+    assert (teacher != node).any()
+    net = edm.Denoiser(**problem.NETWORKS["digits"])
+    for file, found in (("00", teacher), ("02", node)):
+        disback.load_net(run / "path" / f"{file}.safetensors", net)
+        z, classes = sample.inputs(range(3), None, problem.Config())
+        x = edm.heun(net, z, problem.labels(classes, problem.Config()), 5)
+        expected = features.to_uint8(x)[:, 0].numpy().astype(int)
+        assert np.abs(expected - found[..., 0]).max() <= 1
+
+
+def test_the_grid_shows_every_image_in_its_place(run, tmp_path, capsys):
+    images = sampled(capsys, run, "--images", 12, "--to", tmp_path / "x.npz")[0]
+    sample.main([str(run), "--images", "12", "--to", str(tmp_path / "x.png")])
+    grid = (imread(tmp_path / "x.png")[..., 0] * 255).round()
+    assert grid.shape == (2 * 9 * 8, 10 * 9 * 8)  # two rows of ten, a pixel between, 8 times larger
+    for i, image in enumerate(images[..., 0]):
+        top, left = i // 10 * 72, i % 10 * 72
+        shown = grid[top:top + 64:8, left:left + 64:8]
+        assert np.abs(shown - image).max() <= 1
+
+
+# -------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("flags, cause", [
+    (["--node", "3"], "from 0 to 2"), (["--node", "-1"], "from 0 to 2"),
+    (["--preset", "full"], "preset tiny, not full"), (["--classes", "10"], "from 0 to 9"),
+    (["--images", "0"], "--images"), (["--batch", "0"], "--batch"), (["--to", "x.gif"], "x.gif"),
+    (["--steps", "0"], "--steps"), (["--seed", "-1"], "--seed")])
+def test_sampling_refuses_by_name(run, flags, cause):
+    with pytest.raises(disback.Refusal, match=cause):
+        sample.main([str(run), *flags])
+
+
+def test_a_run_of_another_problem_and_a_folder_without_a_run_are_refused(tmp_path):
+    with pytest.raises(disback.Refusal, match="config.json"):
+        sample.main([str(tmp_path)])
+    (tmp_path / "config.json").write_text(json.dumps({"backtrack": {"problem": "toy2d"}}))
+    with pytest.raises(disback.Refusal, match="toy2d, not imagenet64"):
+        sample.main([str(tmp_path)])
+    with pytest.raises(disback.Refusal, match="no finished stage degrade"):
+        sample.main([str(tmp_path), "--node", "0"])
+
+
+def test_weights_of_another_network_are_refused_by_name(run, tmp_path):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    weights = load_file(run / "student.safetensors")
+    del weights["model.out_conv.bias"]
+    save_file(weights, tmp_path / "student.safetensors")
+    with pytest.raises(disback.Refusal, match="(?s)student.safetensors.*out_conv.bias"):
+        sample.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["other.safetensors", "gone.safetensors", "gone.pkl", "other.pkl"])
+def test_a_teacher_of_another_network_or_none_at_all_is_refused_by_name(tmp_path, name):
+    file = tmp_path / name
+    if name == "other.safetensors":
+        small = problem.NETWORKS["digits"] | {"label_dim": 9}
+        save_file(edm.Denoiser(**small).state_dict(), file)
+    elif name == "other.pkl":
+        file.write_bytes(b"no pickle")
+    with pytest.raises((disback.Refusal, OSError), match=name):  # run() prints either as a line
+        problem.make("tiny", teacher=str(file))
+
+
+def test_a_teacher_from_a_file_is_that_teacher(tmp_path):
+    torch.manual_seed(3)
+    net = edm.Denoiser(**problem.NETWORKS["digits"])
+    save_file(net.state_dict(), tmp_path / "mine.safetensors")
+    made = problem.make("tiny", teacher=str(tmp_path / "mine.safetensors"))
+    assert all(torch.equal(weight, net.state_dict()[name])
+               for name, weight in made.teacher.state_dict().items())
+    assert made.about["teacher_sha256"] == disback.sha256(tmp_path / "mine.safetensors")
+
+
+def test_without_a_network_the_full_preset_says_which_file_goes_where(monkeypatch):
+    def no_network(url, part):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(download, "transfer", no_network)
+    with pytest.raises(disback.Refusal, match="edm-imagenet-64x64-cond-adm.pkl by hand"):
+        problem.make("full")
