@@ -64,7 +64,7 @@ def draw_path(file: Path, nodes: list[Tensor], snapshots: list) -> None:
 
 def draw_pairs(file: Path, teacher: Tensor, student: Tensor) -> None:
     """Teacher and student side by side, from the same noise and labels."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 2.9), layout="constrained")
     for axis, images, title, color in ((axes[0], teacher, "Teacher, 35 evaluations", TARGET),
                                        (axes[1], student, "Student, 1 evaluation", STUDENT)):
         show(axis, images)
@@ -76,7 +76,8 @@ def draw_pairs(file: Path, teacher: Tensor, student: Tensor) -> None:
 
 def show(axis: plt.Axes, images: Tensor) -> None:
     """Images [n, c, h, w] in rows of 10, n a multiple of it, with a thin gap between them."""
-    axis.imshow(grid(to_uint8(images)).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axis.imshow(grid(to_uint8(images)).numpy(), cmap="gray", vmin=0, vmax=255,
+                interpolation="nearest")
 
 
 def grid(images: Tensor, columns: int = COLUMNS) -> Tensor:

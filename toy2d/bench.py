@@ -19,7 +19,7 @@ import disback
 from toy2d import problem
 
 
-def milliseconds(work: Callable[[], object], repeats: int = 500) -> float:
+def milliseconds(work: Callable[[], object], repeats: int) -> float:
     """The least of 5 means over `repeats` calls, after a warm-up."""
     means = []
     for _ in range(6):
@@ -30,57 +30,62 @@ def milliseconds(work: Callable[[], object], repeats: int = 500) -> float:
     return min(means[1:])
 
 
-def networks_alone() -> tuple[float, float]:
+def networks_alone(made: disback.Problem, repeats: int) -> tuple[float, float]:
     """Milliseconds of one forward of the score network, and of all forwards and backwards of an
-    iteration in their order, nothing else: student, fake, target, student's backward, fake both."""
-    toy = problem.make()
-    n = toy.config.batch
-    z, _ = toy.sample_inputs(n)
-    sigma, fake = toy.sample_sigma(n), copy.deepcopy(toy.teacher)
-    x = toy.student(z).detach()
+    iteration with one update of the fake, in their order and nothing else: student, fake, target,
+    student's backward, fake both. On the CPU: nothing waits for another device."""
+    n, target, fake = made.config.batch, made.teacher, copy.deepcopy(made.teacher)
+    z, cond = made.sample_inputs(n)
+    sigma = made.sample_sigma(n)
+    x = made.generate(made.student, z, cond).detach()
 
     def forward():
         with torch.no_grad():
-            toy.teacher(x, sigma)
+            target(x, sigma, cond)
 
     def iteration():
-        x0 = toy.student(z)
+        x0 = made.generate(made.student, z, cond)
         with torch.no_grad():
-            fake(x, sigma), toy.teacher(x, sigma)
+            fake(x, sigma, cond), target(x, sigma, cond)
         x0.mean().backward()
-        fake(x, sigma).mean().backward()
+        fake(x, sigma, cond).mean().backward()
 
-    return milliseconds(forward), milliseconds(iteration)
+    return milliseconds(forward, repeats), milliseconds(iteration, repeats)
 
 
-def backtrack(steps: int) -> tuple[dict, float]:
-    """metrics.json of a run in a process of its own, and milliseconds an iteration: the least of
-    its last 5 tenths, each with one evaluation, as the networks alone are timed."""
+def backtrack(name: str, steps: int) -> tuple[dict, float]:
+    """metrics.json of a run in a process of its own, and milliseconds that a tenth of it took: the
+    least of its last 5, each with one evaluation and one checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         every = str(steps // 10)
-        subprocess.run([sys.executable, "backtrack.py", "toy2d", "--target", "teacher", "--out",
+        subprocess.run([sys.executable, "backtrack.py", name, "--target", "teacher", "--out",
                         folder, "--steps", str(steps), "--log-every", every, "--save-every", every],
                        cwd=Path(__file__).parent.parent, check=True, capture_output=True)
         lines = (Path(folder) / "log.jsonl").read_text().splitlines()
         metrics = disback.load_json(Path(folder) / "metrics.json", "")
     at = [json.loads(line)["seconds"] for line in lines[-6:]]
-    return metrics, min(b - a for a, b in zip(at, at[1:])) / (steps / 10) * 1e3
+    return metrics, min(b - a for a, b in zip(at, at[1:])) * 1e3
 
 
-def main() -> None:
-    one, alone = networks_alone()
-    short, _ = backtrack(1000)
-    long, iteration = backtrack(10_000)
-    batch = problem.Config().batch
-    evals = long["network_evals"]["stage2"] / long["steps"] / batch
-    print(f"one forward of the score network, {batch} samples   {one:8.3f} ms")
-    print(f"forwards and backwards of an iteration alone  {alone:8.3f} ms")
-    print(f"an iteration of backtrack.py                  {iteration:8.3f} ms")
-    print(f"  / its forwards and backwards alone          {iteration / alone:8.2f}")
-    print(f"  / ({evals:.0f} evaluations x one forward)            {iteration / evals / one:8.2f}")
-    print(f"peak memory after  1,000 iterations  {short['peak_memory_bytes'] / 2**20:8.1f} MiB")
-    print(f"peak memory after 10,000 iterations  {long['peak_memory_bytes'] / 2**20:8.1f} MiB")
+def report(name: str, made: disback.Problem, repeats: int, short: int, long: int) -> None:
+    """Print the table of a problem: times from the long run, memory of both."""
+    one, alone = networks_alone(made, repeats)
+    few, _ = backtrack(name, short)
+    many, tenth = backtrack(name, long)
+    evaluation = milliseconds(lambda: made.evaluate(made.student), 1)
+    iteration = (tenth - evaluation) / (long / 10)
+    batch = made.config.batch
+    evals = many["network_evals"]["stage2"] / many["steps"] / batch
+    print(f"one forward of the score network, batch {batch:<10} {one:8.3f} ms")
+    print(f"forwards and backwards of an iteration alone      {alone:8.3f} ms")
+    print(f"an iteration of backtrack.py                      {iteration:8.3f} ms")
+    print(f"  / its forwards and backwards alone              {iteration / alone:8.2f}")
+    print(f"  / {evals:.0f} evaluations of one forward's time          "
+          f"{iteration / evals / one:8.2f}")
+    for steps, run in ((short, few), (long, many)):
+        print(f"peak memory after {steps:6,} iterations           "
+              f"{run['peak_memory_bytes'] / 2**20:8.1f} MiB")
 
 
 if __name__ == "__main__":
-    main()
+    report("toy2d", problem.make(), repeats=500, short=1000, long=10_000)

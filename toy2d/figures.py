@@ -15,6 +15,7 @@ from toy2d.mixture import Mixture
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
 from matplotlib.animation import FuncAnimation, PillowWriter  # noqa: E402
+from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 DATA, TARGET, STUDENT, OTHER = "#b8b8b8", "#d95f02", "#1f5fa8", "#7a3fa0"
 
@@ -38,11 +39,12 @@ def draw(out: Path, path: disback.Path | None, compare: Path | None, net: nn.Mod
                 path.load(node, net)
             nodes.append(sample(net, 1000))
         points = data.sample(1000)
-        floor = Evaluation(data).of(data.sample(Evaluation.samples))["swd"]
+        evaluate = Evaluation(data)
+        floors = [evaluate.of(data.sample(evaluate.samples))["swd"] for _ in range(20)]
         draw_mismatch(folder / "mismatch.png", path, net, snapshots[0][1]["x0"], data)
     draw_path(folder / "path.png", nodes, snapshots, points)
     draw_convergence(folder / "convergence.png", out, compare, "swd",
-                     "SWD of the student to the data", floor, "two sets of data")
+                     "SWD of the student to the data", sum(floors) / 20, "two sets of data")
     draw_gif(folder / "backtracking.gif", nodes, snapshots, points)
 
 
@@ -154,6 +156,10 @@ def draw_convergence(file: Path, out: Path, compare: Path | None, metric: str, l
     top.text(0.995, floor * 1.04, floors_name, color="#808080", fontsize=8, ha="right",
              transform=top.get_yaxis_transform())
     bottom.set(yscale="log", ylabel="mismatch degree", xlabel="network evaluations, millions")
+    for axis in (top.yaxis, bottom.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     top.legend()
     save(figure, file)
 
