@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     config, batch, steps = problem.config, problem.config.batch, problem.config.backtrack_steps
     fake_init = args.fake_init or ("degraded" if args.target == "path" else "teacher")
     path = None if (args.target, fake_init) == ("teacher", "teacher") else disback.Path(
-        args.path or args.out / "path", problem.about)
+        args.path or args.out / "path", problem.about, problem.unpack)
     if args.compare:
         disback.load_json(args.compare / "metrics.json", "--compare takes a finished run")
 
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
                              {"x0": x0, "node": torch.tensor(walk.node)})
 
     if not args.resume:
-        disback.claim(args, "backtrack", disback.RESULTS, settings)
+        disback.claim(args, problem, "backtrack", settings)
         snapshot(0)
     done, seconds = load_state(args.out, parts, walk, settings) if args.resume else (0, 0.0)
     began, totals, since = time.perf_counter() - seconds, 0.0, done
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
         x0 = problem.generate(student, z, cond)
         sigma = problem.sample_sigma_vsd(batch)
         loss, mismatch = disback.vsd_loss(x0, sigma, fake, guided, cond, config.weighting)  # Eq. 8
-        disback.update(adam_student, loss, config.lr_student * decay)
+        disback.update(adam_student, loss, config.lr_student * decay, problem.clip)
         average(ema_weights, weights, None)
 
         for i in range(k):
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
             sigma = problem.sample_sigma(batch)
             loss_fake = disback.score_matching_loss(
                 fake, x0.detach(), sigma, cond, problem.score_weight(sigma))  # Eq. 5
-            disback.update(adam_fake, loss_fake, config.lr_fake * decay)
+            disback.update(adam_fake, loss_fake, config.lr_fake * decay, problem.clip)
 
         totals = totals + torch.stack([loss_fake.detach(), mismatch])
         save = step % config.save_every == 0 or step == steps

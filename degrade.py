@@ -2,13 +2,11 @@
 initial, frozen student, and keep nodes of the path that it takes."""
 
 import copy
-import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 from tqdm import trange
 
 import disback
@@ -18,14 +16,17 @@ class Recorder:
     """Writes nodes of a model while it is trained; node 0 is the teacher, node N the last state.
 
     Between, "linear" and "log" space them in steps, "arc" equally in disback.distance from the
-    teacher on `probe` = (x, sigma, cond), noised samples of the student. As that is known only at
-    the end, "arc" looks at 4N log-spaced steps and, of more than 2N candidates, drops the most
-    crowded. No second model is in memory; `evals` counts the probe's forwards.
+    teacher on `samples` (x0, sigma, cond) of the student, noised once: of 4N log-spaced steps it
+    drops the most crowded. pack(net) are the tensors to store of a node after the first. No second
+    model is in memory; `evals` counts the forwards.
     """
 
-    def __init__(self, folder: str | Path, teacher: nn.Module, nodes: int, steps: int,
-                 probe: tuple[Tensor, Tensor, Any], spacing: str = "arc"):
-        self.folder, self.nodes, self.probe, self.evals = Path(folder), nodes, probe, 0
+    def __init__(self, folder: str | Path, teacher: torch.nn.Module, nodes: int, steps: int,
+                 samples: tuple, spacing: str = "arc",
+                 pack: Callable[[torch.nn.Module], dict] | None = None):
+        self.folder, self.nodes, (x0, sigma, cond) = Path(folder), nodes, samples
+        self.probe, self.evals = (x0 + sigma * torch.randn_like(x0), sigma, cond), 0
+        self.pack = pack or torch.nn.Module.state_dict
         assert 1 <= nodes <= steps
         looks = min(4 * nodes, steps) if spacing == "arc" else nodes
         self.looks = {0, *(round(steps * i / looks) if spacing == "linear" else
@@ -34,7 +35,7 @@ class Recorder:
         self.offer(teacher, 0)
 
     @torch.no_grad()
-    def offer(self, net: nn.Module, step: int) -> None:
+    def offer(self, net: torch.nn.Module, step: int) -> None:
         """Call after every step, counted from 1: writes a copy of `net` where one is due."""
         if step not in self.looks:
             return
@@ -43,12 +44,12 @@ class Recorder:
         self.d_teacher = answer if step == 0 else self.d_teacher
         position = disback.distance(answer, self.d_teacher, self.probe[1]).item()
         file = self.folder / f"step-{step}.safetensors"
-        disback.save_tensors(file, net.state_dict())
+        disback.save_tensors(file, self.pack(net) if step > 0 else net.state_dict())
         disback.log(self.folder / "log.jsonl", step, "degrading", position=position)
         self.kept.append((position, step, file))
         self._thin(2 * self.nodes)
 
-    def close(self, **about: Any) -> disback.Path:
+    def close(self, **about: object) -> disback.Path:
         """Thin to N + 1 nodes, number them, write path.json with `about` as well, and open it."""
         assert self.kept[-1][1] == max(self.looks), "every step must be offered"
         self._thin(self.nodes + 1)
@@ -75,19 +76,19 @@ def main(argv: list[str]) -> None:
             x0 = problem.generate(problem.student, z, cond)
         return x0, problem.sample_sigma(batch), cond
 
-    x0, sigma, cond = sample_student()
-    probe = (x0 + sigma * torch.randn_like(x0), sigma, cond)
-    disback.claim(args, "degrade", ("path", *disback.RESULTS), dataclasses.asdict(config))
-    folder, began = args.out / "path", time.perf_counter()
-    recorder = Recorder(folder, problem.teacher, config.nodes, steps, probe, config.spacing)
+    samples = sample_student()
+    disback.claim(args, problem, "degrade", {})
+    out, began = args.out / "path", time.perf_counter()
+    recorder = Recorder(out, problem.teacher, config.nodes, steps, samples, config.spacing,
+                        problem.pack)
     for step in (progress := trange(1, steps + 1, desc="degrade")):
         x0, sigma, cond = sample_student()
-        weight = problem.score_weight(sigma)
-        loss = disback.score_matching_loss(degraded, x0, sigma, cond, weight)  # Eq. 7
-        disback.update(optimizer, loss, config.lr_degrade)
+        loss = disback.score_matching_loss(  # Eq. 7
+            degraded, x0, sigma, cond, problem.score_weight(sigma))
+        disback.update(optimizer, loss, config.lr_degrade, problem.clip)
         recorder.offer(degraded, step)
         if step % config.log_every == 0 or step == steps:
-            disback.log(folder / "log.jsonl", step, "degrading", loss=loss.item())
+            disback.log(out / "log.jsonl", step, "degrading", loss=loss.item())
             progress.set_postfix(loss=f"{loss.item():.3g}")
 
     # In forwards of the network a step costs 4: the student's, and a forward and a backward of 3.

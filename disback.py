@@ -24,7 +24,6 @@ import inspect
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -34,20 +33,15 @@ from resource import RUSAGE_SELF, getrusage
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-# ------------------------------------------------------------------------------ the method
 
 
 def score_matching_loss(net: Callable, x0: Tensor, sigma: Tensor, cond: Any = None,
                         weight: Tensor | float = 1.0) -> Tensor:
-    """Denoising score matching, Eq. 5 and Eq. 7: the mean of weight * |D(x, sigma) - x0|^2.
-
-    The two are one function: fake and degrading teacher are trained alike, on the student's
-    samples x0 [n, ...], and differ in where they start. sigma > 0 and weight broadcast against x0.
-    """
+    """Denoising score matching: the mean of weight * |D(x, sigma) - x0|^2. Eq. 5 and Eq. 7 are one
+    function: fake and degrading teacher are trained alike, on the student's samples x0 [n, ...],
+    and differ in where they start. sigma > 0 and weight broadcast against x0."""
     assert not x0.requires_grad
     x = x0 + sigma * torch.randn_like(x0)
     return (weight * (net(x, sigma, cond) - x0) ** 2).mean()
@@ -78,9 +72,8 @@ def vsd_loss(x0: Tensor, sigma: Tensor, fake: Callable, target: Callable, cond: 
 
 
 def distance(d_a: Tensor, d_b: Tensor, sigma: Tensor) -> Tensor:
-    """Mean |D_a - D_b| / (sigma + 0.5), how far two denoisers are apart on the same samples; the
-    divisor (0.5 as EDM's sigma_data) lets every noise level count. Between the fake and the target
-    on the student's noised samples this is the mismatch degree."""
+    """Mean |D_a - D_b| / (sigma + 0.5), by which divisor every noise level counts. Of the fake and
+    the target, on the student's noised samples, this is the mismatch degree."""
     return ((d_a - d_b).abs() / (sigma + 0.5)).mean()
 
 
@@ -88,8 +81,8 @@ class Path:
     """A recorded path: node 0 is the teacher, the last node the most degraded. Refuses a path that
     was recorded with another value of a field in `about`, or whose files are not as recorded."""
 
-    def __init__(self, folder: str | File, about: dict[str, Any] | None = None):
-        self.folder = File(folder)
+    def __init__(self, folder: str | File, about: dict | None = None, unpack: Any = None):
+        self.folder, self.unpack = File(folder), unpack or load_net
         self.about = load_json(self.folder / "path.json", "record a path with degrade.py first")
         must_agree(folder, self.about, about or {})
         with blame(f"{folder}/path.json lists no nodes: record the path again"):
@@ -114,17 +107,15 @@ class Path:
 
     def load(self, node: int, net: nn.Module) -> None:
         """Copy a node's weights into `net` in place, tensor by tensor: exactly, or Refusal."""
-        load_net(self.files[node], net)
+        self.unpack(self.files[node], net)
 
 
 class Walk:
     """The scheduler of Algorithm 2: the target visits nodes N-1, ..., 1, 0 and then stays at 0.
 
-    `target` holds the teacher's weights; a switch copies a node's over them. Without a path this
-    is plain VSD. A node lasts `interval` iterations; where `adaptive`, as many intervals, at most
-    10, as it takes for the mean mismatch degree of one to fall to 1 part in N of the last node's
-    distance from the teacher: the fake has caught up.
-    """
+    `target` holds the teacher's weights; a switch copies a node's over them. No path: plain VSD. A
+    node lasts `interval` iterations; if `adaptive`, up to 10 intervals, until in one the mean
+    mismatch falls to 1/N of the last node's distance from the teacher: the fake has caught up."""
 
     def __init__(self, path: Path | None, target: nn.Module, interval: int, adaptive: bool = False):
         self.path, self.target, self.interval, self.adaptive = path, target, interval, adaptive
@@ -161,15 +152,13 @@ def blame(what: str) -> Iterator[None]:
         yield
     except Refusal:
         raise
-    except (OSError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError,
-            SafetensorError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a file that is broken can fail in any way
         raise Refusal(f"{what} ({type(error).__name__}: {error})") from error
 
 
 @dataclasses.dataclass
 class Problem:
-    """All that a stage asks of a problem. cond is whatever its networks take; sigma comes in a
-    shape that broadcasts against x [n, ...]."""
+    """All that a stage asks of a problem; sigma comes in a shape that broadcasts against x."""
 
     config: Any  # a frozen dataclass of numbers and choices
     about: dict  # what a path and the run that walks it must share
@@ -185,6 +174,10 @@ class Problem:
     snapshot: Callable  # () -> (z, cond) of the samples kept at every checkpoint and switch
     guide: Callable = lambda net, x, sigma, cond: net(x, sigma, cond)  # guidance of the target
     guide_evals: int = 1  # forwards of the network in a call of guide
+    clip: float = math.inf  # the largest norm of a gradient
+    disk: int = 0  # bytes that must be free before a path is recorded
+    pack: Callable | None = None  # (net) -> tensors that are stored of a node, where not all are
+    unpack: Callable | None = None  # (node's file, net): copies into net what pack has stored
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -215,12 +208,16 @@ def start(stage: str, doc: str, argv: list[str], **flags: dict) -> tuple[Any, Pr
         module = importlib.import_module(f"{name}.problem")
         add_fields(parser, stage, module.PRESETS)
         parser.set_defaults(out=File("runs", name))
+        if hasattr(module, "dry_run"):
+            parser.add_argument("--dry-run", action="store_true", help="only print what it needs")
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**63:
         refuse(f"--seed must be from 0 to 2**63 - 1, not {args.seed}")
     changes = {key[7:]: value for key, value in vars(args).items() if key.startswith("config.")}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    problem = module.make(args.preset, args.seed, device, **changes)
+    if getattr(args, "dry_run", False):
+        sys.exit(print(module.dry_run(args.preset, **changes)))  # None: status 0
+    problem = module.make(args.preset, args.seed,
+                          "cuda" if torch.cuda.is_available() else "cpu", **changes)
     torch.manual_seed(args.seed)  # again: making it may have trained a teacher, or found one
     return args, problem
 
@@ -242,8 +239,8 @@ def add_fields(parser: argparse.ArgumentParser, stage: str, presets: dict[str, A
         group.add_argument(f"--{flag}", dest=f"config.{field.name}",
                            metavar="|".join(get_args(field.type)),
                            type=field.type if field.type in (int, float) else str,
-                           default=argparse.SUPPRESS,
-                           help=f"{comment} ({getattr(config, field.name)})")
+                           help=f"{comment} ({getattr(config, field.name)})",
+                           default=argparse.SUPPRESS)
 
 
 def check_config(config: Any) -> None:
@@ -257,8 +254,7 @@ def check_config(config: Any) -> None:
         if field.type in (int, float) and not (0 < value < most or zero):
             raise Refusal(f"{field.name} must be above 0 and below {most}, not {value}")
     if config.nodes > config.degrade_steps:
-        raise Refusal(f"nodes must be at most stage 1's steps, {config.degrade_steps}, not "
-                      f"{config.nodes}")
+        raise Refusal(f"nodes must be at most {config.degrade_steps}, as stage 1's steps are")
 
 
 def must_agree(what: File, then: dict, now: dict) -> None:
@@ -269,11 +265,13 @@ def must_agree(what: File, then: dict, now: dict) -> None:
                           "same problem, preset, seed and flags again")
 
 
-RESULTS = ("student.safetensors", "state.pt", "log.jsonl", "metrics.json", "snapshots", "figures")
-
-
-def claim(args: argparse.Namespace, stage: str, names: tuple[str, ...], settings: dict) -> None:
-    """Refuse a run folder that holds `names`; put all that reruns the stage into config.json."""
+def claim(args: Any, problem: Problem, stage: str, settings: dict) -> None:
+    """Refuse a folder that holds results or has no room for a path; write its config.json."""
+    names = ["student.safetensors", "student", "state.pt", "log.jsonl", "metrics.json",
+             "snapshots", "figures"] + ["path"] * (stage == "degrade")
+    there = next(place for place in args.out.absolute().parents if place.is_dir())
+    if stage == "degrade" and shutil.disk_usage(there).free < problem.disk:
+        raise Refusal(f"{there} has less than {problem.disk / 1e9:.1f} GB free: name another --out")
     taken = [args.out / name for name in names if (args.out / name).exists()]
     if taken and not args.overwrite:
         raise Refusal(f"{taken[0]} exists: name another --out, or replace the run by --overwrite")
@@ -281,7 +279,8 @@ def claim(args: argparse.Namespace, stage: str, names: tuple[str, ...], settings
     stages = load_json(file, "remove it") if stage == "backtrack" and file.exists() else {}
     for old in taken:
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-    stages[stage] = {"problem": args.problem, "preset": args.preset, "seed": args.seed, **settings,
+    stages[stage] = {"problem": args.problem, "preset": args.preset, "seed": args.seed,
+                     **dataclasses.asdict(problem.config), **settings,
                      "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
     save_json(file, stages)
 
@@ -290,25 +289,27 @@ def log(file: File, step: int, node: Any, **numbers: float) -> None:
     """Add a line to log.jsonl, or refuse to go on where a number is not finite."""
     for name, number in numbers.items():
         if not math.isfinite(number):
-            raise Refusal(f"{name} is {number} at step {step}, node {node}; what was saved before "
-                          f"is kept in {file.parent}: try lower learning rates")
+            raise Refusal(f"{name} is {number} at step {step}, node {node}: try lower learning "
+                          f"rates; what was saved before is kept in {file.parent}")
     with open(file, "a") as handle:
         handle.write(json.dumps({"step": step, "node": node, **numbers}) + "\n")
 
 
-def update(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
-    """One step of the optimizer down the loss."""
+def update(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float, clip=math.inf) -> None:
+    """One step of the optimizer down the loss, the norm of its gradient cut to `clip`."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.zero_grad()
     loss.backward()
+    if clip < math.inf:
+        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
     optimizer.step()
+    optimizer.zero_grad()  # at once: the gradients of one network only are in memory at a time
 
 
 def peak_memory() -> int:
     """In bytes: the accelerator's, or without one the process's."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return torch.cuda.max_memory_allocated() or unit * getrusage(RUSAGE_SELF).ru_maxrss
+    resident = getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return torch.cuda.max_memory_allocated() or resident
 
 
 def atomically(file: File, write: Callable[[File], Any]) -> None:

@@ -165,10 +165,10 @@ def test_a_run_that_diverges_stops_with_its_step_and_node_and_keeps_the_last_che
     shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
     update, count = disback.update, 0
 
-    def poisoned(optimizer, loss, lr):
+    def poisoned(optimizer, loss, *rest):
         nonlocal count
         count += 1
-        update(optimizer, loss * (float("nan") if count > 2 * 9 else 1.0), lr)
+        update(optimizer, loss * (float("nan") if count > 2 * 9 else 1.0), *rest)
 
     monkeypatch.setattr(disback, "update", poisoned)
     line = refused(capsys, monkeypatch, backtrack.main, ["toy2d", "--out", tmp_path, *BACKTRACK])

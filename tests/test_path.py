@@ -23,12 +23,12 @@ class Shift(nn.Module):
         return x + self.shift
 
 
-PROBE = (torch.zeros(4, 2), torch.full((4, 1), 0.5), None)
+SAMPLES = (torch.zeros(4, 2), torch.full((4, 1), 0.5), None)
 
 
 def record(folder, nodes=4, steps=20, spacing="linear", place=float, watch=lambda: None, **about):
     net = Shift()
-    recorder = degrade.Recorder(folder, net, nodes, steps, PROBE, spacing)
+    recorder = degrade.Recorder(folder, net, nodes, steps, SAMPLES, spacing)
     for step in range(1, steps + 1):
         with torch.no_grad():
             net.shift.fill_(place(step))
@@ -55,7 +55,7 @@ def test_after_every_switch_the_targets_weights_are_the_nodes_and_its_answers_ch
     while True:
         expected = load_file(tmp_path / f"{walk.node:02d}.safetensors")["shift"]
         assert torch.equal(target.shift, expected)
-        answers.append(target(*PROBE)[0, 0].item())
+        answers.append(target(*SAMPLES)[0, 0].item())
         if not walk.step():
             break
     assert answers == [15.0, 10.0, 5.0, 0.0]  # steps 15, 10 and 5, then the teacher
@@ -108,7 +108,7 @@ def test_arc_spacing_divides_the_distance_where_the_network_moves_fast_then_slow
 @pytest.mark.parametrize("nodes, steps", [
     (1, 1), (1, 9), (7, 7), (10, 100), (50, 60), (3, 1000), (10, 58)])
 def test_nodes_lie_at_distinct_steps_that_rise_and_end_at_the_last(tmp_path, spacing, nodes, steps):
-    recorder = degrade.Recorder(tmp_path, Shift(), nodes, steps, PROBE, spacing)
+    recorder = degrade.Recorder(tmp_path, Shift(), nodes, steps, SAMPLES, spacing)
     found = sorted(recorder.looks)
     assert len(found) == nodes + 1 and found[0] == 0 and found[-1] == steps
     factors = torch.tensor(found[1:], dtype=torch.float64).log().diff().exp()

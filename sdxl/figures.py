@@ -1,0 +1,99 @@
+"""The figures of a run: what every node draws, the student at every switch, and the mismatch."""
+
+import json
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from torch import Tensor
+
+import disback
+from sdxl.model import quiet
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+def draw(out: Path, path: disback.Path | None, compare: Path | None, folder: Path,
+         teacher: torch.nn.Module, sample: Callable, prompts: list[str]) -> None:
+    """path.png, student.png and mismatch.png in OUT/figures. `sample` draws the latents [n, ...]
+    of a network from the noise and `prompts` (n) that the snapshots have; the columns are those."""
+    (out / "figures").mkdir(exist_ok=True)
+    with quiet():
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+    vae.to(next(teacher.parameters()).device)
+    rows = []
+    for node in range(len(path) if path else 1):
+        if path:
+            path.load(node, teacher)
+        rows.append((f"node {node}" if node else "teacher", decode(vae, sample(teacher))))
+    if path:
+        path.load(0, teacher)
+    sheet(out / "figures" / "path.png", "What each node of the path draws in many steps, guided",
+          rows, prompts)
+    rows = [(f"{step}: to " + (f"node {node}" if node else "the teacher"),
+             decode(vae, x0.to(vae.device))) for step, node, x0 in moments(out)]
+    sheet(out / "figures" / "student.png", "The student's one step: at the start, after each "
+          "switch of the target, at the end", rows, prompts)
+    draw_mismatch(out / "figures" / "mismatch.png", [run for run in (out, compare) if run])
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> list:
+    """RGB pictures [h, w, 3] in 0 to 1 of latents [n, 4, h, w]; one at a time, to spare memory."""
+    pictures = (vae.decode(latent[None].float() / vae.config.scaling_factor).sample[0]
+                for latent in latents)
+    return [(x / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu().numpy() for x in pictures]
+
+
+def moments(out: Path) -> list[tuple[int, int, Tensor]]:
+    """(step, node, x0 [n, 4, h, w]) of the first snapshot, those after a switch, and the last."""
+    files = sorted((out / "snapshots").glob("*.safetensors"))
+    kept = [(int(file.stem), load_file(file)) for file in files]
+    nodes = [int(held["node"]) for _, held in kept]
+    return [(step, nodes[i], held["x0"]) for i, (step, held) in enumerate(kept)
+            if i in (0, len(kept) - 1) or nodes[i] != nodes[i - 1]]
+
+
+def sheet(file: Path, title: str, rows: list[tuple[str, list]], prompts: list[str]) -> None:
+    """A row of pictures for each label, a column for each prompt."""
+    figure, axes = plt.subplots(len(rows), len(prompts), squeeze=False, layout="constrained",
+                                figsize=(1.6 * len(prompts), 1.6 * len(rows) + 1))
+    for line, (label, pictures) in zip(axes, rows):
+        line[0].set_ylabel(label, fontsize=8)
+        for axis, picture in zip(line, pictures):
+            axis.imshow(picture)
+            axis.set(xticks=[], yticks=[])
+    for axis, prompt in zip(axes[0], prompts):
+        axis.set_title("\n".join(textwrap.wrap(prompt, 22)[:4]), fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    save(file, figure)
+
+
+def draw_mismatch(file: Path, runs: list[Path]) -> None:
+    """The mismatch degree of each run over its iterations, and where its target switched."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    for run, color in zip(runs, ("#b5452c", "#3a6ea5")):
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        axis.plot([line["step"] for line in lines], [line["mismatch"] for line in lines],
+                  color=color, marker=".",
+                  label=disback.load_json(run / "metrics.json", "finish the run")["method"])
+        held = moments(run)
+        for (_, before, _), (step, node, _) in zip(held, held[1:]):
+            if node != before:
+                axis.axvline(step, color=color, linewidth=0.8, linestyle=":")
+    axis.set(xlabel="iteration", ylabel="mismatch degree", ylim=(0, None),
+             title="Fake and target apart (dotted: the target has switched)")
+    axis.title.set_fontsize(10)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend()
+    save(file, figure)
+
+
+def save(file: Path, figure: plt.Figure) -> None:
+    disback.atomically(file, lambda beside: figure.savefig(beside, format="png", dpi=130))
+    plt.close(figure)

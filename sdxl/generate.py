@@ -1,0 +1,123 @@
+"""Images in one step, of a student or of the weights that the authors of DisBack published."""
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import LCMScheduler, StableDiffusionXLPipeline
+from huggingface_hub import hf_hub_download
+from PIL import Image
+
+import disback
+from sdxl import model
+
+BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+WEIGHTS = "SDXL_DisBack.bin"  # the name of the published weights, and of the student's
+ABOUT = "disback.json"
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("python -m sdxl.generate", description=__doc__,
+                                     allow_abbrev=False)
+    parser.error = disback.refuse
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a picture for each and seed")
+    parser.add_argument("--student", default="runs/sdxl", help="a run's folder, a file of a UNet's "
+                        "weights, or a name on the hub: SYZhang0805/DisBack (default: runs/sdxl)")
+    parser.add_argument("--base", help="folder or hub's name of the pipeline around the UNet "
+                        f"(default: the student's own, or {BASE})")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the noise (0)")
+    parser.add_argument("--out", type=Path, default="images", help="folder of the PNGs (images)")
+    parser.add_argument("--batch", type=int, default=4, help="pictures at a time (4)")
+    parser.add_argument("--steps", type=int, choices=[1], default=1, help="the student makes 1")
+    args = parser.parse_args(argv)
+    if args.batch < 1 or any(not 0 <= seed < 2**63 for seed in args.seeds):
+        disback.refuse("--batch must be 1 or more, and --seeds from 0 to 2**63 - 1")
+    pipe, about = load(args.student, args.base)
+    jobs = [(prompt, seed) for prompt in args.prompts for seed in args.seeds]
+    images = [image for i in range(0, len(jobs), args.batch)
+              for image in pictures(pipe, about, jobs[i:i + args.batch])]
+    args.out.mkdir(parents=True, exist_ok=True)
+    for i, (image, (_, seed)) in enumerate(zip(images, jobs)):
+        save_png(args.out / f"{i // len(args.seeds):02d}-{seed}.png", image)
+    save_png(args.out / "grid.png", grid(images, len(args.seeds)))
+    print(f"{len(images)} pictures and grid.png are in {args.out}")
+
+
+def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeline, dict]:
+    """A pipeline around the student's UNet, in fp16 on a GPU, and what the student says of itself:
+    its base, timestep and size in pixels."""
+    file, about = find(student)
+    cache = Path(os.environ.get("DISBACK_CACHE", Path.home() / ".cache" / "disback"))
+    folder = model.find(about["base"] if base is None else base, cache)
+    unet = model.load_unet(json.loads((folder / "unet" / "config.json").read_text()), file)
+    with model.quiet():
+        pipe = StableDiffusionXLPipeline.from_pretrained(folder, unet=unet)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return (pipe.to("cuda", torch.float16) if torch.cuda.is_available() else pipe), about
+
+
+def find(student: str) -> tuple[Path, dict]:
+    """The file of a student's weights, and about it; Refusal where there is none."""
+    place, about = Path(student), {"base": BASE, "timestep": 399, "size": 1024}
+    for folder in (place / "student", place):
+        if (folder / ABOUT).is_file():
+            return folder / WEIGHTS, about | disback.load_json(folder / ABOUT, "export it again")
+    if place.is_dir():
+        raise disback.Refusal(f"{place} holds no student: let backtrack.py sdxl end first")
+    try:
+        return place if place.is_file() else Path(hf_hub_download(student, WEIGHTS)), about
+    except model.NOT_FOUND as error:
+        raise disback.Refusal(f"{student} is no folder or file here and the hub gave no {WEIGHTS} "
+                              f"({type(error).__name__}): where there is a network, fetch that "
+                              "file and name it by --student") from error
+
+
+def pictures(pipe: StableDiffusionXLPipeline, about: dict, jobs: list[tuple[str, int]]) -> list:
+    """An image for each (prompt, seed): one step at the student's timestep, without guidance. An
+    image depends on its own seed alone, whatever else is in the batch."""
+    noise = [torch.Generator("cpu").manual_seed(seed) for _, seed in jobs]
+    with model.quiet():  # the scheduler warns of every timestep but 999
+        return pipe([prompt for prompt, _ in jobs], num_inference_steps=1, guidance_scale=0,
+                    timesteps=[about["timestep"]], generator=noise, height=about["size"],
+                    width=about["size"]).images
+
+
+def grid(images: list, columns: int) -> Image.Image:
+    """All images on one sheet, row by row."""
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def save_png(file: Path, image: Image.Image) -> None:
+    disback.atomically(file, lambda beside: image.save(beside, format="PNG"))
+
+
+def export(out: Path, folder: Path, rank: int, **about) -> None:
+    """Write OUT/student from OUT/student.safetensors, for diffusers: the UNet as save_pretrained
+    has it and as a plain state dict, the scheduler, and `about`, with the timestep. Adapters of
+    a `rank` above 0 are added to the weights of the base in `folder`."""
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    file = out / "student.safetensors"
+    unet = (model.merged(config, folder / model.WEIGHTS[0], file, rank) if rank
+            else model.load_unet(config, file))
+    beside = out / ".student"
+    shutil.rmtree(beside, ignore_errors=True)
+    with model.quiet():
+        unet.save_pretrained(beside / "unet", max_shard_size="12GB")
+        LCMScheduler.from_pretrained(folder, subfolder="scheduler").save_pretrained(
+            beside / "scheduler")
+    disback.atomically(beside / WEIGHTS, lambda file: torch.save(unet.state_dict(), file))
+    disback.save_json(beside / ABOUT, about)
+    shutil.rmtree(out / "student", ignore_errors=True)
+    os.replace(beside, out / "student")
+
+
+if __name__ == "__main__":
+    disback.run(main)

@@ -1,0 +1,213 @@
+"""SDXL's UNet as a denoiser, and its files: a local folder of diffusers' layout, or the hub's."""
+
+import contextlib
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.utils import logging as of_diffusers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.utils import logging as of_transformers
+
+import disback
+from sdxl import tiny
+
+# What is read of a pipeline's folder; the rest of the hub's (fp16, ONNX, Flax) is left there.
+WEIGHTS = ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
+           "text_encoder/model.safetensors", "text_encoder_2/model.safetensors")
+FILES = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
+         "vae/config.json", "text_encoder/config.json", "text_encoder_2/config.json", *WEIGHTS)
+
+ADAPTED = ("to_q", "to_k", "to_v", "to_out.0")  # the linear maps that LoRA adds to
+# What the hub's client raises where a name or the network is not there.
+NOT_FOUND = (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError)
+
+
+class Denoiser(nn.Module):
+    """D(x, sigma, cond) -> x0 of x [n, 4, h, w] = x0 + sigma * eps, for sigma [n or 1, 1, 1, 1].
+
+    SDXL was trained on sqrt(abar) * x0 + sqrt(1 - abar) * eps at 1000 timesteps and predicts eps.
+    With sigma**2 = (1 - abar) / abar its input is x / sqrt(1 + sigma**2) and D = x - sigma * eps.
+    A sigma, from 0.029 to 14.6, takes the timestep whose own is nearest in its logarithm. cond has
+    text [n, 77, c] and pooled [n, p]; `size` is the images' width and height in pixels.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, sigmas: Tensor, size: int, bf16: bool = False):
+        super().__init__()
+        self.unet, self.bf16 = unet, bf16
+        self.register_buffer("edges", (sigmas[1:] * sigmas[:-1]).sqrt(), persistent=False)
+        # Original size, offset of the crop, target size: diffusers' values where none is given.
+        self.register_buffer("time_ids", torch.tensor([[size, size, 0, 0, size, size]],
+                                                      dtype=sigmas.dtype), persistent=False)
+        self.register_state_dict_post_hook(leave_out_frozen)
+        self.register_load_state_dict_pre_hook(fill_in_frozen)
+
+    def __deepcopy__(self, memo: dict) -> "Denoiser":
+        """A copy that shares what is frozen: the base of LoRA's adapters is in memory once."""
+        memo.update((id(p), p) for p in self.parameters() if not p.requires_grad)
+        made = memo[id(self)] = Denoiser.__new__(Denoiser)
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        # A tensor, never an int: torch.compile would compile again for every timestep.
+        t = torch.bucketize(sigma.flatten(), self.edges)
+        added = {"text_embeds": cond["pooled"], "time_ids": self.time_ids.expand(len(x), -1)}
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            eps = self.unet(x / (1 + sigma**2).sqrt(), t, encoder_hidden_states=cond["text"],
+                            added_cond_kwargs=added, return_dict=False)[0]
+        return x - sigma * eps
+
+
+def leave_out_frozen(net: Denoiser, state: dict, prefix: str, _: dict) -> None:
+    """A node, a checkpoint and a student hold what is trained: all weights, or LoRA's adapters."""
+    for name, parameter in net.named_parameters():
+        if not parameter.requires_grad:
+            del state[prefix + name]
+
+
+def fill_in_frozen(net: Denoiser, state: dict, prefix: str, *rest) -> None:
+    for name, parameter in net.named_parameters():
+        if not parameter.requires_grad:
+            state[prefix + name] = parameter.detach()
+
+
+def guide(net: Callable, x: Tensor, sigma: Tensor, cond: dict[str, Tensor],
+          scale: float) -> Tensor:
+    """Classifier-free guidance D(uncond) + scale * (D(cond) - D(uncond)) in one call of 2n
+    samples; SDXL's unconditional embeddings are zeros, not those of an empty prompt."""
+    both = {name: torch.cat([torch.zeros_like(cond[name]), cond[name]])
+            for name in ("text", "pooled")}
+    sigma = sigma.expand(len(x), -1, -1, -1)
+    without, given = net(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+    return without + scale * (given - without)
+
+
+def find(model: str, cache: Path) -> Path:
+    """The folder of `model`: the tiny pipeline's where it is empty, itself where it is a folder,
+    and what the hub has under that name, fetched on first use, where it is not."""
+    with quiet():
+        folder = Path(model) if model else tiny.folder(cache)
+    if model and not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(model, allow_patterns=[*FILES, "tokenizer*/*"]))
+        except NOT_FOUND as error:
+            raise disback.Refusal(
+                f"model {model} is no folder here and was not to be had from the hub "
+                f"({type(error).__name__}): where there is a network, fetch {', '.join(FILES)}, "
+                "tokenizer/* and tokenizer_2/*, and name their folder by --model") from error
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise disback.Refusal(f"{folder} lacks {', '.join(missing)}: --model takes the folder of "
+                              "an SDXL pipeline in diffusers' layout")
+    return folder
+
+
+def load(folder: Path) -> tuple[UNet2DConditionModel, Tensor]:
+    """The UNet in float32, and sigma [1000] of its timesteps, ascending, from the scheduler's
+    config. Refuses what is not SDXL, or does not predict eps."""
+    kind = disback.load_json(folder / "model_index.json", "it is no pipeline").get("_class_name")
+    config = disback.load_json(folder / "unet" / "config.json", "it is no UNet's config")
+    added = config.get("addition_embed_type")
+    if kind != "StableDiffusionXLPipeline" or added != "text_time":
+        raise disback.Refusal(f"{folder} is not SDXL but {kind} (addition_embed_type {added}): "
+                              "name an SDXL base model by --model")
+    with quiet():
+        scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    if scheduler.config.prediction_type != "epsilon":
+        raise disback.Refusal(f"{folder} predicts {scheduler.config.prediction_type}; only epsilon "
+                              "is known here: take a model that predicts it")
+    abar = scheduler.alphas_cumprod.double()
+    return load_unet(config, folder / WEIGHTS[0]), ((1 - abar) / abar).sqrt().float()
+
+
+def load_unet(config: dict, file: Path) -> UNet2DConditionModel:
+    """A UNet in float32 of exactly the weights in `file`, which may be Denoiser's; of a safetensors
+    file no second copy is made. Nothing is unpickled but tensors."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    try:
+        state = (load_file(file) if file.suffix == ".safetensors"
+                 else torch.load(file, map_location="cpu", weights_only=True))
+        state = {name.removeprefix("unet."): value.float() for name, value in state.items()}
+        unet.load_state_dict(state, strict=True, assign=True)
+    except (OSError, EOFError, SafetensorError, RuntimeError, AttributeError,
+            UnpicklingError) as error:
+        raise disback.Refusal(f"{file} does not hold this UNet: {str(error)[:300]}") from error
+    return unet.eval()
+
+
+def adapt(unet: UNet2DConditionModel, rank: int) -> UNet2DConditionModel:
+    """Freeze the UNet and give its attention LoRA's adapters, which start as nothing added."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise disback.Refusal("rank needs peft: pip install peft, or --rank 0") from error
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same start for the path and for whoever walks it
+        unet.requires_grad_(False).add_adapter(LoraConfig(
+            r=rank, lora_alpha=rank, target_modules=list(ADAPTED)))
+    for parameter in unet.parameters():
+        if parameter.requires_grad:  # steps of a small learning rate are lost in 16 bits
+            parameter.data = parameter.data.float()
+    return unet
+
+
+def merged(config: dict, base: Path, adapters: Path, rank: int) -> UNet2DConditionModel:
+    """A plain UNet of the weights in `base` with the adapters in `adapters` added."""
+    unet = adapt(load_unet(config, base), rank)
+    disback.load_net(adapters, Denoiser(unet, torch.ones(1), 0))
+    unet.fuse_lora()
+    unet.unload_lora()
+    return unet
+
+
+def difference(net: nn.Module, teacher: nn.Module) -> dict[str, Tensor]:
+    """What is stored of a node: its weights less the teacher's, in bfloat16, on the CPU. They keep
+    in 16 bits what the weights themselves, rounded to as many, would lose."""
+    base = teacher.state_dict()
+    return {name: (weight - base[name]).to("cpu", torch.bfloat16)
+            for name, weight in net.state_dict().items()}
+
+
+@torch.no_grad()
+def add_difference(file: Path, net: nn.Module) -> None:
+    """Copy the teacher, node 0, over the weights of `net`, and add the difference in `file` where
+    that is a later node: in place, tensor by tensor as the mapped files are read."""
+    teacher = file.with_name("00.safetensors")
+    disback.load_net(teacher, net)
+    if file == teacher:
+        return
+    with disback.blame(f"{file} does not hold this network: record the path again"):
+        added = load_file(file)
+        for name, weight in net.state_dict().items():
+            weight += added.pop(name).to(weight)
+        if added:
+            raise KeyError(*added)
+
+
+def vae_config(folder: Path) -> dict:
+    return json.loads((folder / "vae" / "config.json").read_text())
+
+
+@contextlib.contextmanager
+def quiet():
+    """Neither library's bars and warnings, which would hide the run's own line."""
+    before = [(module, module.get_verbosity()) for module in (of_diffusers, of_transformers)]
+    for module, _ in before:
+        module.set_verbosity_error()
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module, verbosity in before:
+            module.set_verbosity(verbosity)
+            module.enable_progress_bar()

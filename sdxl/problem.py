@@ -1,0 +1,177 @@
+"""SDXL as the stages see it: text to image in one step, in the latent space of its autoencoder."""
+
+import copy
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+import disback
+from sdxl import figures, generate, memory, model, text, tiny
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every field is a flag. DMD2 names the SDXL recipe whose values the official DisBack has too.
+    The defaults are the preset tiny's: a random network, whose values mean nothing."""
+
+    degrade_steps: int = 40  # training steps of this stage
+    backtrack_steps: int = 20  # iterations: an update of the student, then the fake's
+    batch: int = 2  # images in a batch
+    nodes: int = 4  # N, the nodes that are recorded after the teacher
+    spacing: Literal["arc", "linear", "log"] = "arc"  # where nodes are recorded, see Recorder
+    interval: int = 4  # iterations that the target stays at a node
+    switch: Literal["interval", "adaptive"] = "interval"  # when the target moves on, see Walk
+    weighting: Literal["score", "eps", "x0", "dmd"] = "dmd"  # w(sigma) of Eq. 8; DMD2's
+    lr_student: float = 1e-3  # learning rate of the student
+    lr_fake: float = 1e-3  # learning rate of the fake
+    lr_degrade: float = 1e-3  # learning rate of the degrading teacher
+    fake_updates: int = 5  # updates of the fake after each of the student, as DMD2
+    beta1: float = 0.9  # of Adam, as DMD2
+    beta2: float = 0.999  # of Adam, likewise
+    weight_decay: float = 0.01  # of AdamW, likewise
+    decay: Literal["cosine", "constant"] = "constant"  # of the learning rates, likewise
+    ema: float = 0.9  # decay of the student's moving average
+    save_every: int = 10  # iterations between checkpoints
+    log_every: int = 2  # iterations between lines of log.jsonl
+
+    model: str = ""  # folder or hub's name of an SDXL base pipeline; empty: a tiny random one
+    prompts: str = ""  # text file, a prompt a line; empty: the 200 of sdxl/prompts.txt
+    size: int = 32  # width and height of the images, pixels
+    timestep: int = 399  # of the teacher, at which the student makes its one step, as DMD2
+    guidance: float = 8.0  # scale of the target's classifier-free guidance, as DMD2
+    t_min: int = 20  # least timestep of the student's update, as DMD2; the fake's are 0 to 999
+    t_max: int = 980  # its largest timestep
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks' arithmetic; weights are fp32
+    store: Literal["whole", "bf16"] = "bf16"  # a node's weights, or their difference to the teacher
+    clip: float = 10.0  # largest norm of a gradient, as DMD2
+    rank: int = 0  # of the LoRA adapters that are trained, through peft; 0: all weights are trained
+    checkpointing: Literal["no", "yes"] = "no"  # compute activations twice to store them less
+
+    def __post_init__(self) -> None:
+        disback.check_config(self)
+        if self.size % 8:
+            raise disback.Refusal(f"size must be divisible by 8, not {self.size}")
+        if not self.t_min < self.t_max < 1000 or self.timestep >= 1000:
+            raise disback.Refusal(f"timestep {self.timestep}, t_min {self.t_min} and t_max "
+                                  f"{self.t_max} must be below 1000, t_min below t_max")
+
+
+TINY = Config()
+FULL = replace(
+    TINY, model="stabilityai/stable-diffusion-xl-base-1.0", size=1024, batch=4,
+    degrade_steps=1000, backtrack_steps=20_000, nodes=8, interval=1000, lr_student=5e-7,
+    lr_fake=5e-7, lr_degrade=5e-7, ema=0.999, save_every=1000, log_every=50, precision="bf16",
+    checkpointing="yes")
+LORA = replace(FULL, rank=64, batch=1, lr_student=5e-5, lr_fake=5e-5, lr_degrade=5e-5)  # untried
+PRESETS = {"tiny": TINY, "full": FULL, "lora": LORA}
+OF_PATH = ("size", "timestep", "rank", "store")
+SHOWN = 6  # pictures that are kept at every checkpoint and switch
+
+
+def make(preset: str = "tiny", seed: int = 0, device: torch.device | str = "cpu",
+         **changes: int | float | str) -> disback.Problem:
+    """SDXL as the stages see it; `changes` are fields of the preset's config.
+
+    The prompts' embeddings are cached on first use; the model is found by `sdxl.model.find`.
+    """
+    config = replace(PRESETS[preset], **changes)
+    if not config.model:
+        torch.set_num_threads(1)  # at this size threads cost more than they give
+    prompts = text.read_prompts(config.prompts or text.SHIPPED)
+    cache = Path(os.environ.get("DISBACK_CACHE", Path.home() / ".cache" / "disback"))
+    folder = model.find(config.model, cache)
+    bank = text.embed(folder, prompts, cache, device)
+    teacher, sigmas = load_teacher(config, folder, device)
+    side = config.size // 2 ** (len(model.vae_config(folder)["block_out_channels"]) - 1)
+    step = partial(one_step, sigma=sigmas[config.timestep])
+    sample_inputs = partial(draw_inputs, bank=bank, shape=(4, side, side))
+    guide = partial(model.guide, scale=config.guidance)
+    torch.manual_seed(seed)  # the snapshots' noise and prompts, which the figures use as well
+    shown = sample_inputs(SHOWN)
+
+    def draw(out: Path, path: disback.Path | None, compare: Path | None) -> None:
+        generate.export(out, folder, config.rank, base=config.model, timestep=config.timestep,
+                        size=config.size)
+        figures.draw(out, path, compare, folder, teacher,
+                     lambda net: sample(partial(guide, net), *shown, sigmas),
+                     [prompts[i] for i in shown[1]["prompt"]])
+
+    about = {"problem": "sdxl", "preset": preset, "seed": seed}
+    about |= {name: getattr(config, name) for name in OF_PATH}
+    halved = config.store == "bf16"
+    about |= {"teacher_sha256": disback.sha256(folder / model.WEIGHTS[0]),
+              "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
+    return disback.Problem(
+        config=config, about=about, teacher=teacher, student=copy.deepcopy(teacher),
+        generate=step, sample_inputs=sample_inputs,
+        sample_sigma=lambda n: sigmas[torch.randint(1000, (n, 1, 1, 1), device=device)],
+        sample_sigma_vsd=lambda n: sigmas[
+            torch.randint(config.t_min, config.t_max + 1, (n, 1, 1, 1), device=device)],
+        score_weight=lambda sigma: sigma**-2,  # makes it the mean of |eps_hat - eps|^2
+        evaluate=lambda student: evaluate(student, step, shown), draw=draw, snapshot=lambda: shown,
+        guide=guide, guide_evals=2, clip=config.clip, disk=memory.path_bytes(teacher, config),
+        pack=(lambda net: model.difference(net, teacher)) if halved else None,
+        unpack=model.add_difference if halved else None)
+
+
+def load_teacher(config: Config, folder: Path,
+                 device: torch.device | str) -> tuple[model.Denoiser, Tensor]:
+    """The denoiser, with LoRA's adapters where there is a rank, and the sigmas [1000]."""
+    unet, sigmas = model.load(folder)
+    bf16 = config.precision == "bf16"
+    if config.rank:  # what is frozen needs no more bits than it is computed with
+        unet = model.adapt(unet.bfloat16() if bf16 else unet, config.rank)
+    if config.checkpointing == "yes":
+        unet.enable_gradient_checkpointing()
+    return model.Denoiser(unet, sigmas, config.size, bf16).to(device), sigmas.to(device)
+
+
+def dry_run(preset: str = "tiny", **changes: int | float | str) -> str:
+    """The table of memory and disk that a run would take; nothing is fetched or allocated."""
+    config = replace(PRESETS[preset], **changes)
+    file = Path(config.model, "unet", "config.json")
+    unet = memory.BASE if config.model else dict(tiny.unet().config)
+    return memory.table(disback.load_json(file, "no UNet") if file.exists() else unet, config)
+
+
+def one_step(student: nn.Module, z: Tensor, cond: dict[str, Tensor], sigma: Tensor) -> Tensor:
+    """x0 of the student, from noise z [n, 4, h, w] of unit variance: z takes the place of the
+    teacher's input at that timestep, which is x / sqrt(1 + sigma**2)."""
+    sigma = sigma.view(1, 1, 1, 1)
+    return student(z * (1 + sigma**2).sqrt(), sigma, cond)
+
+
+def draw_inputs(n: int, bank: dict[str, Tensor], shape: tuple) -> tuple[Tensor, dict[str, Tensor]]:
+    """z [n, *shape] and the embeddings of n random prompts; no wait for the device."""
+    device = bank["text"].device
+    z, prompt = torch.randn(n, *shape, device=device), torch.randint(
+        len(bank["text"]), (n,), device=device)
+    return z, {"prompt": prompt} | {name: bank[name][prompt] for name in ("text", "pooled")}
+
+
+@torch.no_grad()
+def evaluate(student: nn.Module, step: Callable, shown: tuple) -> dict[str, float]:
+    """Mean and standard deviation of the student's latents, of the same noise and prompts at every
+    call: an alarm, no measure of quality. The data's deviation is about 1."""
+    x0 = step(student, *shown)
+    mean, std = torch.stack([x0.mean(), x0.std()]).tolist()
+    return {"latent_mean": mean, "latent_std": std}
+
+
+@torch.no_grad()
+def sample(net: Callable, z: Tensor, cond: dict[str, Tensor], sigmas: Tensor,
+           steps: int = 20) -> Tensor:
+    """Samples [n, 4, h, w] of a denoiser by Euler's method on the probability-flow ODE, through
+    `steps` of the schedule's sigmas [1000] from the largest to 0."""
+    levels = sigmas[torch.linspace(999, 0, steps, device=sigmas.device).long()]
+    x, levels = z * levels[0], torch.cat([levels, levels.new_zeros(1)]).view(-1, 1, 1, 1, 1)
+    for sigma, lower in zip(levels, levels[1:]):
+        x = x + (lower - sigma) * (x - net(x, sigma, cond)) / sigma
+    return x

@@ -1,0 +1,61 @@
+"""Prompts and their embeddings, which never change: encoded once and cached, encoders dropped."""
+
+import hashlib
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+import disback
+from sdxl.model import quiet
+
+SHIPPED = Path(__file__).with_name("prompts.txt")
+
+
+def read_prompts(file: str | Path) -> list[str]:
+    """The lines of a UTF-8 text file that are not blank; Refusal where there are none."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise disback.Refusal(f"{file} is not UTF-8 at byte {error.start}: save it as UTF-8, a "
+                              "prompt a line") from error
+    except OSError as error:
+        raise disback.Refusal(f"{file} cannot be read: --prompts takes a text file, a prompt a "
+                              f"line ({error})") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise disback.Refusal(f"{file} is empty: it takes a prompt a line")
+    return prompts
+
+
+def embed(folder: Path, prompts: list[str], cache: Path,
+          device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """text [prompts, 77, c] and pooled [prompts, p] on `device`, as diffusers' encode_prompt has
+    them; from the cache where these prompts were embedded by these encoders before."""
+    files = sorted(file for part in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+                   for file in (folder / part).iterdir() if "fp16" not in file.name)
+    depends_on = repr([prompts, [(str(f.relative_to(folder)), disback.sha256(f)) for f in files]])
+    name = hashlib.sha256(depends_on.encode()).hexdigest()[:16]
+    file = cache / f"sdxl-text-{name}.safetensors"
+    if not file.exists():
+        disback.save_tensors(file, encode(folder, prompts, device))
+    return load_file(file, device=str(device))
+
+
+@torch.no_grad()
+def encode(folder: Path, prompts: list[str], device: torch.device | str) -> dict[str, Tensor]:
+    """Both text encoders on all prompts; says how many are longer than they read."""
+    with quiet():
+        pipe = StableDiffusionXLPipeline.from_pretrained(folder, unet=None, vae=None).to(device)
+        most = pipe.tokenizer.model_max_length
+        long = sum(len(ids) > most for ids in pipe.tokenizer(prompts).input_ids)
+        if long:
+            print(f"note: {long} of {len(prompts)} prompts have over {most} tokens, of which the "
+                  f"first {most} count", file=sys.stderr)
+        parts = [pipe.encode_prompt(prompts[i:i + 16], do_classifier_free_guidance=False)
+                 for i in range(0, len(prompts), 16)]
+    return {"text": torch.cat([part[0] for part in parts]).cpu(),
+            "pooled": torch.cat([part[2] for part in parts]).cpu()}

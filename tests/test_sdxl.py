@@ -1,0 +1,573 @@
+"""SDXL on a tiny random pipeline: the wrapper, guidance and text against diffusers; both stages."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import backtrack
+import degrade
+import disback
+from sdxl import figures, generate, memory, model, problem, text
+from sdxl import tiny as tiny_pipeline
+
+SMALL = ["--log-every", "50"]
+BACKTRACK = [*SMALL, "--save-every", "50", "--steps", "5", "--interval", "2",
+             "--fake-updates", "1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def three_prompts(tmp_path_factory):
+    """Three prompts in place of the 200 that are shipped, for speed."""
+    file = tmp_path_factory.mktemp("prompts") / "three.txt"
+    file.write_text("A photo of a dog.\n\nthe thin man in the inn\na café\n", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "SHIPPED", file)
+        yield file
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return problem.make("tiny")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The tiny pipeline's folder, as anybody's local model."""
+    return model.find("", tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A finished stage 1."""
+    out = tmp_path_factory.mktemp("recorded")
+    degrade.main(["sdxl", "--out", str(out), *SMALL, "--steps", "12", "--nodes", "3"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(recorded):
+    """A finished run: both stages, one after the other, and all that is drawn and saved."""
+    backtrack.main(["sdxl", "--out", str(recorded), *BACKTRACK])
+    return recorded
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    monkeypatch.setattr(figures, "draw", lambda *args: None)
+
+
+def relative(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+# ---------------------------------------------------------------------- against formulas, diffusers
+
+
+def test_one_step_is_what_diffusers_published_snippet_makes(tiny, base):
+    pipe = StableDiffusionXLPipeline.from_pretrained(base)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    z, cond = tiny.sample_inputs(3)
+    prompts = text.read_prompts(text.SHIPPED)
+    theirs = pipe(prompt=[prompts[i] for i in cond["prompt"]], num_inference_steps=1,
+                  guidance_scale=0, timesteps=[399], latents=z, output_type="latent").images
+    with torch.no_grad():
+        ours = tiny.generate(tiny.student, z, cond)
+    assert relative(ours, theirs) <= 1e-6
+
+
+@pytest.mark.parametrize("t", [0, 20, 399, 980, 999])
+def test_the_wrapper_is_the_epsilon_formula(tiny, t):
+    """In float64: (x_vp - sqrt(1 - abar) eps) / sqrt(abar), abar from the schedule's definition."""
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    abar = torch.tensor(np.cumprod(1 - betas)[t])
+    unet = tiny.teacher.unet
+    net = model.Denoiser(unet, sigma_table(), 32).double()
+    torch.manual_seed(t)
+    x_vp = torch.randn(2, 4, 16, 16, dtype=torch.float64)
+    cond = {"text": torch.randn(2, 77, 32).double(), "pooled": torch.randn(2, 16).double()}
+    added = {"text_embeds": cond["pooled"],
+             "time_ids": torch.tensor([[32, 32, 0, 0, 32, 32]] * 2).double()}
+    try:
+        with torch.no_grad():
+            eps = unet(x_vp, t, cond["text"], added_cond_kwargs=added).sample
+            sigma = ((1 - abar) / abar).sqrt().view(1, 1, 1, 1)
+            ours = net(x_vp / abar.sqrt(), sigma, cond)
+    finally:
+        unet.float()
+    assert relative(ours, (x_vp - (1 - abar).sqrt() * eps) / abar.sqrt()) <= 1e-12
+
+
+def sigma_table():
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    abar = np.cumprod(1 - betas)
+    return torch.tensor(np.sqrt((1 - abar) / abar)).float()
+
+
+def test_sigma_of_each_timestep_is_read_from_the_schedulers_config(base):
+    _, sigmas = model.load(base)
+    torch.testing.assert_close(sigmas, sigma_table(), rtol=1e-4, atol=0)
+    assert sigmas[399].item() == pytest.approx(1.16057, rel=1e-5)
+
+
+def test_a_sigma_takes_the_timestep_that_is_nearest_in_its_logarithm(tiny):
+    sigmas, seen = sigma_table(), []
+    hook = tiny.teacher.unet.register_forward_pre_hook(lambda net, args: seen.append(args[1]))
+    z, cond = tiny.sample_inputs(3)
+    between = (sigmas[0] * sigmas[1]).sqrt() * 1.005  # nearer to the first in its own value
+    sigma = torch.stack([sigmas[7] * 1.0001, between, torch.tensor(99.0)])
+    try:
+        tiny.teacher(z, sigma.view(3, 1, 1, 1), cond)
+    finally:
+        hook.remove()
+    assert isinstance(seen[0], torch.Tensor) and seen[0].tolist() == [7, 1, 999]
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_guidance_in_one_call_is_guidance_in_two(tiny, scale):
+    z, cond = tiny.sample_inputs(3)
+    x, sigma = 3 * z, tiny.sample_sigma_vsd(3)
+    nothing = {"text": torch.zeros(3, 77, 32), "pooled": torch.zeros(3, 16)}
+    calls = []
+
+    def net(*args):
+        calls.append(args)
+        return tiny.teacher(*args)
+
+    with torch.no_grad():
+        ours = model.guide(net, x, sigma, cond, scale)
+        u, c = tiny.teacher(x, sigma, nothing), tiny.teacher(x, sigma, cond)
+    assert len(calls) == 1 and relative(ours, u + scale * (c - u)) <= 1e-6
+    assert (c - u).abs().max() > 1e-3  # the prompt counts at all
+
+
+def test_the_target_is_guided_by_8_and_the_fake_is_not(tiny):
+    z, cond = tiny.sample_inputs(2)
+    sigma = tiny.sample_sigma_vsd(2)
+    with torch.no_grad():
+        torch.testing.assert_close(tiny.guide(tiny.teacher, z, sigma, cond),
+                                   model.guide(tiny.teacher, z, sigma, cond, 8.0))
+    assert tiny.guide_evals == 2
+
+
+def test_embeddings_are_those_of_diffusers_pipeline(base, tmp_path):
+    prompts = ["A photo of a dog.", "", "the " * 90, "naïve café"]
+    pipe = StableDiffusionXLPipeline.from_pretrained(base)
+    bank = text.embed(base, prompts, tmp_path)
+    for i, prompt in enumerate(prompts):
+        theirs = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
+        assert relative(bank["text"][i:i + 1], theirs[0]) <= 1e-6
+        assert relative(bank["pooled"][i:i + 1], theirs[2]) <= 1e-6
+
+
+def test_the_tiny_encoder_pools_at_the_end_of_the_prompt_as_the_real_one_does(base):
+    pipe = StableDiffusionXLPipeline.from_pretrained(base)
+    ids = pipe.tokenizer_2(["A photo of a dog."], padding="max_length",
+                           return_tensors="pt").input_ids
+    with torch.no_grad():
+        made = pipe.text_encoder_2(ids)
+        end = ids[0].tolist().index(pipe.tokenizer_2.eos_token_id)
+        expected = pipe.text_encoder_2.text_projection(made.last_hidden_state[:, end])
+    torch.testing.assert_close(made.text_embeds, expected)
+
+
+def test_a_weight_of_one_over_sigma_squared_is_the_loss_of_the_predicted_noise(tiny):
+    z, cond = tiny.sample_inputs(2)
+    x0, sigma = z, tiny.sample_sigma(2)
+    torch.manual_seed(1)
+    ours = disback.score_matching_loss(tiny.teacher, x0, sigma, cond, tiny.score_weight(sigma))
+    torch.manual_seed(1)
+    eps = torch.randn_like(x0)
+    t = (sigma_table() - sigma.view(2, 1)).abs().argmin(dim=1)
+    added = {"text_embeds": cond["pooled"], "time_ids": torch.tensor([[32., 32, 0, 0, 32, 32]] * 2)}
+    x_vp = (x0 + sigma * eps) / (1 + sigma**2).sqrt()
+    predicted = tiny.teacher.unet(x_vp, t, cond["text"], added_cond_kwargs=added).sample
+    torch.testing.assert_close(ours, ((predicted - eps) ** 2).mean(), rtol=1e-4, atol=0)
+
+
+def test_noise_levels_are_those_of_the_recipe(tiny):
+    torch.manual_seed(0)
+    sigmas = sigma_table()
+    for sample, low, high in ((tiny.sample_sigma, 0, 999), (tiny.sample_sigma_vsd, 20, 980)):
+        sigma = sample(100_000)
+        assert sigma.shape == (100_000, 1, 1, 1)
+        assert sigma.min().item() == pytest.approx(sigmas[low].item(), rel=1e-4)
+        assert sigma.max().item() == pytest.approx(sigmas[high].item(), rel=1e-4)
+        middle = sigmas[(low + high) // 2].item()
+        assert (sigma <= middle).float().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+# ------------------------------------------------------------------------------- both stages
+
+
+def test_both_stages_run_and_the_target_ends_as_the_teacher(run, base):
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["problem"] == "sdxl" and metrics["preset"] == "tiny" and metrics["node"] == 0
+    assert metrics["method"] == "disback" and metrics["latent_std"] > 0
+    theirs = UNet2DConditionModel.from_pretrained(base, subfolder="unet").state_dict()
+    node_0 = load_file(run / "path" / "00.safetensors")
+    assert node_0.keys() == {f"unet.{name}" for name in theirs}
+    assert all(torch.equal(node_0[f"unet.{name}"], value) for name, value in theirs.items())
+
+
+def spent(argv, stage):
+    """Forwards of one sample that a stage makes of a UNet at its own batches: 2 a backward."""
+    total = 0
+
+    def count(net, inputs, output):
+        nonlocal total
+        if isinstance(net, UNet2DConditionModel) and len(output[0]) != problem.SHOWN:
+            total += len(output[0]) * (3 if output[0].requires_grad else 1)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(count)
+    try:
+        stage.main(argv)
+    finally:
+        hook.remove()
+    return total
+
+
+@pytest.mark.parametrize("k, bound", [(5, 25), (1, 9)])
+def test_a_cycle_costs_the_bound(recorded, tmp_path, no_figures, k, bound):
+    argv = ["sdxl", "--out", str(tmp_path), "--path", str(recorded / "path"), *BACKTRACK,
+            "--fake-updates", str(k)]
+    assert spent(argv, backtrack) == bound * 2 * 5
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["network_evals"]["stage2"] == bound * 2 * 5
+
+
+def test_stage_1_costs_what_it_says(tmp_path):
+    argv = ["sdxl", "--out", str(tmp_path), *SMALL, "--steps", "4", "--nodes", "2"]
+    made = spent(argv, degrade)
+    assert made == json.loads((tmp_path / "path" / "path.json").read_text())["network_evals"]
+
+
+class Watch(TorchDispatchMode):
+    """Counts the host's waits for a tensor's value, and names what is computed in float64.
+    Integers are left out: a file's bytes, on the host anyway."""
+
+    def __init__(self):
+        super().__init__()
+        self.forget()
+
+    def forget(self):
+        self.waits, self.doubles = 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            self.waits += args[0].is_floating_point() or args[0].dtype == torch.bool
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+            self.doubles.add(str(function))
+        return made
+
+
+@pytest.mark.parametrize("stage", [degrade, backtrack])
+def test_the_loops_neither_wait_for_the_device_nor_compute_in_float64(
+        recorded, tmp_path, no_figures, monkeypatch, stage):
+    """More iterations, with as many lines of the log and as many nodes, make no more waits."""
+    watched = []
+    for steps in (2, 4):
+        out = tmp_path / f"{stage.__name__}-{steps}"
+        argv = ["sdxl", "--out", str(out), *SMALL, "--steps", str(steps)]
+        argv += (["--nodes", "2", "--spacing", "linear"] if stage is degrade else
+                 ["--save-every", "50", "--interval", "2", "--path", str(recorded / "path"),
+                  "--fake-updates", "2"])
+        claim = disback.claim
+        with monkeypatch.context() as patch, Watch() as watch:
+            patch.setattr(disback, "claim", lambda *rest: (watch.forget(), claim(*rest)))
+            stage.main(argv)
+        watched.append(watch)
+    assert watched[1].waits == watched[0].waits > 0
+    assert not watched[1].doubles
+
+
+def test_a_run_that_is_cut_off_resumes_to_the_same_bits(
+        recorded, tmp_path, no_figures, monkeypatch):
+    argv = ["sdxl", "--path", str(recorded / "path"), *BACKTRACK, "--save-every", "3"]
+    backtrack.main([*argv, "--out", str(tmp_path / "whole")])
+    update, calls = disback.update, 0  # 2 an iteration: cut off in the fifth, saved at the third
+
+    def cut(*args):
+        nonlocal calls
+        calls += 1
+        if calls > 4 * 2:
+            raise KeyboardInterrupt
+        update(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disback, "update", cut)
+        with pytest.raises(KeyboardInterrupt):
+            backtrack.main([*argv, "--out", str(tmp_path / "cut")])
+    backtrack.main([*argv, "--out", str(tmp_path / "cut"), "--resume"])
+    whole, resumed = (load_file(tmp_path / run / "student.safetensors") for run in ("whole", "cut"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_every_gradient_is_cut_to_the_problems_norm_and_then_freed(
+        tmp_path, no_figures, monkeypatch):
+    clips, update = [], disback.update
+    monkeypatch.setattr(disback, "update", lambda *args: (clips.append(args[3:]), update(*args)))
+    out = ["sdxl", "--out", str(tmp_path), *SMALL, "--clip", "3"]
+    degrade.main([*out, "--steps", "2", "--nodes", "2"])
+    backtrack.main([*out, "--steps", "1", "--fake-updates", "1"])
+    assert clips == [(3.0,)] * 4
+
+    for clip, moved in ((0.5, [0.3, 0.4]), (10.0, [3.0, 4.0])):
+        x = torch.zeros(2, requires_grad=True)
+        update(torch.optim.SGD([x]), -(x * torch.tensor([3.0, 4.0])).sum(), 1.0, clip)
+        torch.testing.assert_close(x.detach(), torch.tensor(moved))
+        assert x.grad is None
+
+
+# ------------------------------------------------------------------------------------- nodes
+
+
+def test_a_node_is_half_the_teachers_size_and_its_difference_survives(tmp_path):
+    """What bf16 weights would lose: differences of 1e-5 to weights of 1, kept to bf16's 2^-8."""
+    torch.manual_seed(0)
+    teacher, node = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+    with torch.no_grad():
+        for ours, theirs in zip(node.parameters(), teacher.parameters()):
+            ours.copy_(theirs + 1e-5 * torch.randn_like(theirs))
+    samples = (torch.randn(4, 64), torch.ones(4, 1), None)
+    call, torch.nn.Linear.forward = torch.nn.Linear.forward, (
+        lambda net, x, *rest: torch.nn.functional.linear(x, net.weight, net.bias))
+    try:
+        recorder = degrade.Recorder(tmp_path, teacher, 1, 1, samples,
+                                    pack=lambda net: model.difference(net, teacher))
+        recorder.offer(node, 1)
+        recorder.close()
+    finally:
+        torch.nn.Linear.forward = call
+    path = disback.Path(tmp_path, unpack=model.add_difference)
+    loaded = torch.nn.Linear(64, 64)
+    path.load(1, loaded)
+    exact, kept = node.weight - teacher.weight, loaded.weight - teacher.weight
+    assert relative(kept, exact) < 2**-8
+    assert relative(node.weight.bfloat16() - teacher.weight, exact) > 0.5  # what it is spared
+    path.load(0, loaded)
+    assert torch.equal(loaded.weight, teacher.weight)
+    whole, difference = (file.stat().st_size for file in path.files)
+    assert difference < 0.53 * whole
+
+
+def test_after_a_switch_the_targets_weights_are_the_nodes(recorded, tiny):
+    first = load_file(recorded / "path" / "00.safetensors")
+    net, path = problem.make("tiny").teacher, disback.Path(
+        recorded / "path", unpack=model.add_difference)
+    addresses = [weight.data_ptr() for weight in net.parameters()]
+    for node in (2, 1, 0):
+        path.load(node, net)
+        added = load_file(path.files[node]) if node else {}
+        for name, weight in net.state_dict().items():
+            expected = first[name] + added[name].float() if node else first[name]
+            assert torch.equal(weight, expected), name
+    assert addresses == [weight.data_ptr() for weight in net.parameters()]  # in place
+
+
+def test_a_disk_without_room_for_the_path_is_refused_before_anything_is_written(
+        tmp_path, monkeypatch):
+    free = 261_684 * 4 + 2 * 3 * 261_684 * 2 - 10_000  # node 0, and 2N differences of 2 bytes
+    monkeypatch.setattr(disback.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+    argv = ["sdxl", "--out", str(tmp_path / "run"), *SMALL, "--steps", "8", "--nodes", "3"]
+    with pytest.raises(disback.Refusal, match="GB free"):
+        degrade.main(argv)
+    assert not (tmp_path / "run").exists()
+    free += 20_000
+    degrade.main(argv)
+    assert Path(tmp_path / "run" / "path" / "path.json").exists()
+
+
+# ------------------------------------------------------------------------------------- serving
+
+
+def test_the_student_is_saved_in_two_forms_that_load_to_the_same_bits(run, base):
+    held = load_file(run / "student.safetensors")
+    one = UNet2DConditionModel.from_pretrained(run / "student" / "unet")
+    other = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base / "unet"))
+    other.load_state_dict(torch.load(run / "student" / generate.WEIGHTS, weights_only=True))
+    for unet in (one, other):
+        state = unet.state_dict()
+        assert held.keys() == {f"unet.{name}" for name in state}
+        assert all(torch.equal(held[f"unet.{name}"], value) for name, value in state.items())
+    theirs = UNet2DConditionModel.load_config(base / "unet")
+    assert {**one.config, "_name_or_path": None} == {**theirs, "_name_or_path": None}
+    about = json.loads((run / "student" / "disback.json").read_text())
+    assert about == {"base": "", "timestep": 399, "size": 32}
+    scheduler = json.loads((run / "student" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["_class_name"] == "LCMScheduler" and scheduler["beta_end"] == 0.012
+
+
+def test_the_readmes_table_is_what_a_dry_run_prints():
+    """The README's sums for batch 1 and 4 of `full` and `lora`, to a tenth of a GB."""
+    readme = (ROOT / "sdxl" / "README.md").read_text()
+    for preset, row in (("full", r"\*\*in all"), ("lora", "`lora`, rank")):
+        shown = problem.dry_run(preset)
+        sums = re.findall(r"batch [14]: in all, about +([\d.]+) +([\d.]+)", shown)
+        for stage, cell in enumerate(re.search(row + r".*?\|(.*)\|(.*)\|", readme).groups()):
+            told = [float(number) for number in cell.split("/")]
+            assert told == pytest.approx([float(batch[stage]) for batch in sums], abs=0.06)
+
+
+def test_the_readmes_snippet_makes_the_pictures_of_sdxl_generate(run, base, tmp_path, monkeypatch):
+    """The snippet as it is, but for names, and on a CPU in float32."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "sdxl" / "README.md").read_text(), re.S)
+    for there, here in (('"stabilityai/stable-diffusion-xl-base-1.0"', repr(str(base))),
+                        (', variant="fp16"', ""), ("torch.float16", "torch.float32"),
+                        ('"cuda"', '"cpu"'), ("1024", "32"),
+                        ("width=32", "width=32, generator=torch.manual_seed(7)")):
+        assert there in code
+        code = code.replace(there, here)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download",
+                        lambda repo, name: str(run / "student" / name))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    generate.main(["A photo of a dog.", "--student", str(run), "--seeds", "7", "--out", "ours"])
+    theirs, ours = (np.asarray(Image.open(tmp_path / f)) for f in ("output.png", "ours/00-7.png"))
+    assert ours.shape == (32, 32, 3) and np.array_equal(theirs, ours)
+
+
+def test_generate_makes_a_picture_of_each_prompt_and_seed_that_no_other_changes(run, tmp_path):
+    argv = ["a dog", "a cat", "--student", str(run / "student"), "--seeds", "1", "2", "3"]
+    generate.main([*argv, "--out", str(tmp_path / "many")])
+    generate.main([*argv, "--out", str(tmp_path / "few"), "--batch", "1"])
+    names = [f"0{prompt}-{seed}.png" for prompt in (0, 1) for seed in (1, 2, 3)]
+    assert sorted(file.name for file in (tmp_path / "many").iterdir()) == [*names, "grid.png"]
+    pictures = [np.asarray(Image.open(tmp_path / "many" / name)).astype(int) for name in names]
+    for name, picture in zip(names, pictures):
+        alone = np.asarray(Image.open(tmp_path / "few" / name)).astype(int)
+        assert np.abs(alone - picture).max() <= 1
+    assert all((one != other).any() for i, one in enumerate(pictures) for other in pictures[:i])
+    sheet = np.asarray(Image.open(tmp_path / "many" / "grid.png"))
+    rows = [np.concatenate(pictures[i:i + 3], axis=1) for i in (0, 3)]
+    assert np.array_equal(sheet, np.concatenate(rows))
+
+
+def test_a_student_that_is_the_teacher_generates_what_the_teacher_would(base, tmp_path):
+    """A file of plain weights serves as well, as the published ones are."""
+    file = tmp_path / "weights.bin"
+    torch.save(UNet2DConditionModel.from_pretrained(base / "unet").half().state_dict(), file)
+    pipe, about = generate.load(str(file), str(base))
+    assert about == {"base": generate.BASE, "timestep": 399, "size": 1024}
+    teacher = model.load(base)[0].half().float().state_dict()
+    assert all(torch.equal(teacher[k], value) for k, value in pipe.unet.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------- figures
+
+
+def test_the_snapshots_are_of_the_noise_and_the_prompts_that_the_figures_name(run, monkeypatch):
+    sheets = {}
+    monkeypatch.setattr(figures, "sheet", lambda file, title, rows, prompts: sheets.update(
+        {file.name: (rows, prompts)}))
+    made = problem.make("tiny")
+    z, cond = made.snapshot()
+    first = load_file(run / "snapshots" / "0000000.safetensors")["x0"]
+    torch.testing.assert_close(made.generate(made.student, z, cond), first)
+    made.draw(run, disback.Path(run / "path"), None)
+    expected = [text.read_prompts(text.SHIPPED)[i] for i in cond["prompt"]]
+    for _, prompts in sheets.values():
+        assert prompts == expected
+    assert [label for label, _ in sheets["path.png"][0]] == ["teacher", "node 1", "node 2",
+                                                             "node 3"]
+    assert [label for label, _ in sheets["student.png"][0]] == [
+        "0: to node 2", "2: to node 1", "4: to the teacher", "5: to the teacher"]
+    rows = [np.stack(pictures) for rows, _ in sheets.values() for _, pictures in rows]
+    assert all((one != other).any() for i, one in enumerate(rows) for other in rows[:i])
+    assert torch.equal(made.teacher.unet.conv_in.weight, problem.make(
+        "tiny").teacher.unet.conv_in.weight)  # the teacher is itself again
+
+
+def test_all_figures_are_drawn(run):
+    assert sorted(f.name for f in (run / "figures").iterdir()) == [
+        "mismatch.png", "path.png", "student.png"]
+
+
+def test_a_decoded_picture_is_the_pipelines(base):
+    pipe = StableDiffusionXLPipeline.from_pretrained(base)
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(0)
+    options = dict(prompt="a dog", num_inference_steps=1)
+    latents = torch.randn(1, 4, 16, 16)
+    raw = pipe(**options, latents=latents, output_type="latent").images
+    theirs = pipe(**options, latents=latents, output_type="np").images
+    np.testing.assert_allclose(figures.decode(pipe.vae, raw)[0], theirs[0], atol=1e-6)
+
+
+def test_the_sampler_draws_a_gaussian_from_its_exact_denoiser(gaussian):
+    torch.manual_seed(0)
+    net = gaussian(1.0, 0.5).float()
+    x = problem.sample(net, torch.randn(200, 4, 8, 8), None, sigma_table(), steps=200)
+    assert x.mean().item() == pytest.approx(1.0, abs=0.05)
+    assert x.std().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_evaluating_changes_no_random_number_and_tells_the_students_spread(tiny):
+    torch.manual_seed(3)
+    expected = torch.randn(3)
+    torch.manual_seed(3)
+    metrics = tiny.evaluate(tiny.student)
+    assert torch.equal(torch.randn(3), expected) and metrics == tiny.evaluate(tiny.student)
+    still = problem.evaluate(None, lambda student, z, cond: 3 * z + 2, (
+        torch.randn(100, 4, 16, 16), None))
+    assert still["latent_std"] == pytest.approx(3, rel=0.02)
+    assert still["latent_mean"] == pytest.approx(2, abs=0.05)
+
+
+# -------------------------------------------------------------------------- size and precision
+
+
+def test_the_full_unet_has_the_parameters_of_sdxl_and_its_table_adds_up():
+    unet = memory.on_meta(memory.BASE)
+    assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684
+    shown = problem.dry_run("full")
+    rows = {line[:46].strip(): line[46:].split() for line in shown.splitlines()}
+    assert rows["AdamW: two moments of what is trained"] == ["20.54", "41.08"]
+    assert rows["the path"] == ["51.35", "92.43"]  # 8 nodes of 5.13 and the teacher's 10.27
+    parts = [name for name in rows if name.startswith(("weights", "moving", "Adam", "grad", "cop"))]
+    for batch in (1, 4):
+        about = float(rows[f"batch {batch}: activations, about"][1])
+        total = sum(float(rows[name][1]) for name in parts) + about
+        assert float(rows[f"batch {batch}: in all, about"][1]) == pytest.approx(total, abs=0.04)
+
+
+def test_the_estimate_of_activations_is_near_what_a_real_forward_keeps(tiny):
+    z, cond = tiny.sample_inputs(1)
+    own, kept = {p.data_ptr() for p in tiny.teacher.parameters()}, {}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in own:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(), x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        tiny.teacher(z, tiny.sample_sigma(1), cond)
+    real = sum(size for size, _ in kept.values()) / 1e9
+    unet = memory.on_meta(dict(tiny_pipeline.unet().config))
+    stored, checkpointed = memory.activations(unet, 16, bf16=False)
+    assert stored == pytest.approx(real, rel=0.2) and checkpointed < stored / 1.5
+
+
+def test_checkpointing_changes_no_gradient_and_bf16_little(tiny):
+    z, cond = tiny.sample_inputs(2)
+    sigma, gradients = tiny.sample_sigma_vsd(2), []
+    for changes in ({}, {"checkpointing": "yes"}, {"precision": "bf16"}):
+        net = problem.make("tiny", **changes).teacher
+        x0 = net(z, sigma, cond)
+        assert x0.dtype == torch.float32
+        x0.square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    assert relative(gradients[1], gradients[0]) <= 1e-6
+    assert 1e-5 < relative(gradients[2], gradients[0]) < 0.05

@@ -1,0 +1,115 @@
+"""SDXL with LoRA adapters: one base, four sets of adapters; skipped where peft is not installed."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+import backtrack
+import degrade
+import disback
+from sdxl import memory, model, problem, tiny
+
+SMALL = ["sdxl", "--rank", "4", "--log-every", "50", "--fake-updates", "1"]
+
+
+@pytest.fixture(autouse=True)
+def two_prompts(tmp_path, monkeypatch):
+    (tmp_path / "two.txt").write_text("a dog\na cat\n")
+    monkeypatch.setattr(problem.text, "SHIPPED", tmp_path / "two.txt")
+
+
+def trained(net):
+    return [p for p in net.parameters() if p.requires_grad]
+
+
+def test_without_peft_a_rank_is_refused_with_the_remedy(monkeypatch):
+    unet = tiny.unet()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(disback.Refusal, match="pip install peft"):
+        model.adapt(unet, 4)
+    assert all(p.requires_grad for p in unet.parameters())
+
+
+def test_adapters_start_as_nothing_and_are_all_that_is_trained_and_saved():
+    pytest.importorskip("peft")
+    whole, lora = problem.make("tiny"), problem.make("tiny", rank=4, precision="bf16")
+    assert sum(p.numel() for p in trained(lora.teacher)) == memory.adapter_parameters(
+        tiny.unet(), 4) == sum(t.numel() for t in lora.teacher.state_dict().values())
+    assert {p.dtype for p in trained(lora.teacher)} == {torch.float32}
+    assert lora.teacher.unet.conv_in.weight.dtype == torch.bfloat16
+    exact = problem.make("tiny", rank=4).teacher
+    z, cond = whole.sample_inputs(2)
+    sigma = whole.sample_sigma(2)
+    with torch.no_grad():
+        torch.testing.assert_close(exact(z, sigma, cond), whole.teacher(z, sigma, cond))
+
+
+def test_copies_share_the_base_and_a_switch_moves_the_target_only(tmp_path):
+    pytest.importorskip("peft")
+    made = problem.make("tiny", rank=4)
+    target, fake = made.teacher, copy.deepcopy(made.teacher)
+    one, other = dict(target.named_parameters()), dict(fake.named_parameters())
+    for name, parameter in one.items():
+        shared = parameter.data_ptr() == other[name].data_ptr()
+        assert shared == (not parameter.requires_grad), name
+    with torch.no_grad():
+        for parameter in trained(fake):
+            parameter.normal_()
+    disback.save_tensors(tmp_path / "node.safetensors", fake.state_dict())
+    z, cond = made.sample_inputs(2)
+    sigma = made.sample_sigma(2)
+    with torch.no_grad():
+        before = target(z, sigma, cond), fake(z, sigma, cond), made.student(z, sigma, cond)
+        disback.load_net(tmp_path / "node.safetensors", target)
+        for parameter in trained(fake):
+            parameter.zero_()
+        after = target(z, sigma, cond), fake(z, sigma, cond), made.student(z, sigma, cond)
+    torch.testing.assert_close(after[0], before[1])  # the target is the node, the fake is not
+    torch.testing.assert_close(after[1], before[0])
+    assert torch.equal(after[2], before[2])
+
+
+def test_both_stages_run_resume_and_serve_the_sum_of_base_and_adapters(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    out = tmp_path / "run"
+    degrade.main([*SMALL, "--out", str(out), "--steps", "6", "--nodes", "2"])
+    argv = [*SMALL, "--out", str(out), "--interval", "2", "--save-every", "2"]
+    backtrack.main([*argv, "--steps", "4"])
+    first = load_file(out / "student.safetensors")
+    backtrack.main([*argv, "--steps", "4", "--resume"])
+    assert all(torch.equal(first[k], v) for k, v in load_file(out / "student.safetensors").items())
+    made = problem.make("tiny", rank=4)
+    disback.load_net(out / "student.safetensors", made.student)
+    served = UNet2DConditionModel.from_pretrained(out / "student" / "unet")
+    plain = problem.make("tiny").student
+    assert served.state_dict().keys() == plain.unet.state_dict().keys()
+    plain.unet.load_state_dict(served.state_dict())
+    z, cond = made.sample_inputs(2)
+    with torch.no_grad():
+        torch.testing.assert_close(made.generate(plain, z, cond),
+                                   made.generate(made.student, z, cond), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(plain.unet.state_dict()[NAME], problem.make(
+        "tiny").student.unet.state_dict()[NAME])
+    with pytest.raises(disback.Refusal, match="rank 4, not 0"):
+        backtrack.main(["sdxl", "--out", str(tmp_path / "full"), "--path", str(out / "path")])
+    with pytest.raises(disback.Refusal, match="rank 4, not 8"):
+        backtrack.main(["sdxl", "--rank", "8", "--out", str(tmp_path / "full"), "--path",
+                        str(out / "path")])
+    assert not (tmp_path / "full").exists()
+
+
+NAME = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_v.weight"
+
+
+def test_a_dry_run_of_lora_fits_a_small_card_and_needs_no_peft(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    rows = {line[:46].strip(): line[46:].split() for line in problem.dry_run("lora").splitlines()}
+    unet = memory.on_meta(memory.BASE)
+    attention = [layer for name, layer in unet.named_modules() if name.endswith(model.ADAPTED)]
+    assert len(attention) == 2 * 70 * 4  # self and cross attention of 70 blocks, four maps each
+    assert rows["frozen weights"] == ["5.13", "5.13"]
+    assert float(rows["batch 1: in all, about"][1]) < 12
