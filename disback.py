@@ -150,10 +150,10 @@ def blame(what: str) -> Iterator[None]:
     """Refuse, in the words of `what`, to go on with what fails inside: a file, mostly."""
     try:
         yield
-    except Refusal:
+    except (Refusal, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a file that is broken can fail in any way
-        raise Refusal(f"{what} ({type(error).__name__}: {error})") from error
+        raise Refusal(f"{what} ({type(error).__name__}: {str(error)[:300]})") from error
 
 
 @dataclasses.dataclass
@@ -185,9 +185,10 @@ def run(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except (Refusal, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        full = isinstance(error, MemoryError) or re.search("out of mem|can't alloc", str(error))
+        if isinstance(error, RuntimeError) and not full:
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", *str(error).split(), "(lower --batch)" * bool(full), file=sys.stderr)
         sys.exit(2)
 
 
@@ -250,9 +251,9 @@ def check_config(config: Any) -> None:
         most = 1 if field.name in ("beta1", "beta2", "ema") else math.inf
         if choices and value not in choices:
             raise Refusal(f"{field.name} must be one of {', '.join(choices)}, not {value!r}")
-        zero = value == 0 and (most == 1 or field.default == 0)
-        if field.type in (int, float) and not (0 < value < most or zero):
-            raise Refusal(f"{field.name} must be above 0 and below {most}, not {value}")
+        zero = most == 1 or field.default == 0
+        if field.type in (int, float) and not (0 < value < most or zero and value == 0):
+            raise Refusal(f"{field.name} must be {'0 or ' * zero}above 0 and below {most}")
     if config.nodes > config.degrade_steps:
         raise Refusal(f"nodes must be at most {config.degrade_steps}, as stage 1's steps are")
 
@@ -261,8 +262,7 @@ def must_agree(what: File, then: dict, now: dict) -> None:
     """Refuse to go on with what was made by other flags; the first that differs is named."""
     for name, value in now.items():
         if then.get(name) != value:
-            raise Refusal(f"{what} was made with {name} {then.get(name)}, not {value}: give the "
-                          "same problem, preset, seed and flags again")
+            raise Refusal(f"{what} is of {name} {then.get(name)}, not {value}: use the same flags")
 
 
 def claim(args: Any, problem: Problem, stage: str, settings: dict) -> None:
@@ -330,9 +330,9 @@ def save_tensors(file: File, tensors: dict[str, Tensor]) -> None:
     atomically(file, lambda f: save_file({k: t.contiguous() for k, t in tensors.items()}, f))
 
 
-def load_net(file: File, net: nn.Module) -> None:
+def load_net(file: File, net: nn.Module, remedy: str = "make it again") -> None:
     """Copy the weights in `file` over those of `net`, in place: all and only those, or Refusal."""
-    with blame(f"{file} does not hold this network: remove it and make it again"):
+    with blame(f"{file} does not hold this network: {remedy}"):
         net.load_state_dict(load_file(file), strict=True)
 
 

@@ -76,7 +76,7 @@ def classifier() -> Classifier:
         disback.save_tensors(file, trained().state_dict())
     with torch.random.fork_rng(devices=[]):  # the layers draw initial weights, here for nothing
         net = Classifier()
-    disback.load_net(file, net)
+    disback.load_net(file, net, "remove it, and the next run trains it again")
     return net.eval().requires_grad_(False)
 
 

@@ -14,12 +14,12 @@ class Denoiser(nn.Module):
 
     x [n, c, h, w] holds images in [-1, 1] plus noise of sigma > 0, which is 0-dim or [n, 1, 1, 1];
     cond [n, label_dim] is one-hot, None stands for zeros. D has x's shape, in float32, or float64
-    where the weights are; under autocast only the network inside computes in less.
+    where the weights are; with `bf16` the network inside computes in that, its weights stay as is.
     """
 
-    def __init__(self, sigma_data: float = 0.5, **network):
+    def __init__(self, sigma_data: float = 0.5, bf16: bool = False, **network):
         super().__init__()
-        self.sigma_data = sigma_data
+        self.sigma_data, self.bf16 = sigma_data, bf16
         self.model = ADM(**network)
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -30,7 +30,9 @@ class Denoiser(nn.Module):
         c_skip, c_out = self.sigma_data**2 / variance, sigma * self.sigma_data * variance.rsqrt()
         c_in, c_noise = variance.rsqrt(), sigma.log() / 4
         cond = None if cond is None else cond.to(dtype)
-        return c_skip * x + c_out * self.model(c_in * x, c_noise.flatten(), cond).to(dtype)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            raw = self.model(c_in * x, c_noise.flatten(), cond)
+        return c_skip * x + c_out * raw.to(dtype)
 
 
 class ADM(nn.Module):

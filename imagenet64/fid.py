@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -30,9 +29,10 @@ def measure(batches_of_block: Callable[[int, int], Iterable[Tensor]], extract: C
     """Fréchet distances of `blocks` separate sets of `images` each to the reference (mean, cov).
 
     batches_of_block(block, done) yields a block's uint8 images [n, c, h, w] but the first `done`.
-    What is done is kept in `resume_file` and gone on with after an interrupt; the file is removed
-    at the end. Refuses a block that has not `images` images, and a resume file of a measurement
-    of which `images`, `blocks` or anything in `about` is another."""
+    What is done is kept in `resume_file`, every 5,000 images and after every block, and gone on
+    with after an interrupt; who has saved the result removes it. Refuses a block that has not
+    `images` images, and a resume file of a measurement of which `images`, `blocks` or anything in
+    `about` is another."""
     about = about | {"images": images, "blocks": blocks}
     statistics, distances = restore(resume_file, len(reference[0]), about)
     done = len(distances) * images + statistics.n
@@ -50,7 +50,6 @@ def measure(batches_of_block: Callable[[int, int], Iterable[Tensor]], extract: C
             distances.append(frechet_distance(statistics.mean, statistics.cov, *reference))
             statistics = Statistics(len(reference[0]))
             save(resume_file, statistics, distances, about)
-    resume_file.unlink()
     return about | {"distances": distances, "min": min(distances),
                     "mean": sum(distances) / blocks}
 
@@ -69,18 +68,21 @@ def restore(file: Path, dim: int, about: dict) -> tuple[Statistics, list[float]]
     statistics = Statistics(dim)
     if not file.exists():
         return statistics, []
-    try:
+    with disback.blame(f"{file} cannot be read: remove it to measure from the start"):
         kept = load_file(file)
         then = json.loads(bytes(kept["about"].tolist()))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise disback.Refusal(f"{file} cannot be read, remove it: {error}") from error
-    for name in about | then:
-        if then.get(name) != about.get(name):
-            raise disback.Refusal(f"{file} is of a measurement with {name} {then.get(name)}, not "
-                                  f"{about.get(name)}: finish that one, or remove the file")
-    statistics.n, statistics.mean = int(kept["n"]), kept["mean"]
-    statistics.scatter = kept["scatter"]
-    return statistics, kept["distances"].tolist()
+        for name in about | then:
+            if then.get(name) != about.get(name):
+                raise disback.Refusal(
+                    f"{file} is of a measurement with {name} {then.get(name)}, not "
+                    f"{about.get(name)}: finish that one, or remove the file")
+        statistics.n = int(kept["n"])
+        statistics.mean += kept["mean"]  # these two raise where the shapes differ
+        statistics.scatter += kept["scatter"]
+        distances = kept["distances"].tolist()
+        if statistics.n < 0 or not all(t.isfinite().all() for t in kept.values()):
+            raise ValueError("numbers that no measurement has")
+    return statistics, distances
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -93,9 +95,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--inception", type=Path, help="TorchScript file (downloaded)")
     parser.add_argument("--reference", type=Path, help=".npz with mu and sigma (downloaded)")
     args = parser.parse_args(argv)
-    for name in ("images", "blocks", "batch"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            disback.refuse(f"--{name} must be at least 1, not {value}")
+    for name, least in (("images", 2), ("blocks", 1), ("batch", 1)):
+        if (value := getattr(args, name)) is not None and value < least:
+            disback.refuse(f"--{name} must be at least {least}, not {value}")
+    if args.source.endswith(".npz") and (args.node is not None or args.steps is not None):
+        disback.refuse("--node and --steps are for weights, not for images in an .npz")
     return args
 
 
@@ -117,9 +121,12 @@ def main(argv: list[str]) -> None:
         disback.refuse("--inception and --reference are for ImageNet, not for the digits")
     extractor, reference = (features.of_digits(device) if config.images == "digits"
                             else features.of_inception(*files(args), device))
-    result = measure(batches, extractor, reference, size, blocks,
-                     base.with_name(base.name + ".partial.safetensors"), about | extractor.about)
-    disback.save_json(base.with_name(base.name + ".json"), result)
+    name = f"{base.name}-{size}x{blocks}"
+    under_way = base.with_name(name + ".partial.safetensors")
+    result = measure(batches, extractor, reference, size, blocks, under_way,
+                     about | extractor.about)
+    disback.save_json(base.with_name(name + ".json"), result)
+    under_way.unlink()  # only now, so that a full disk costs no measurement
     print(json.dumps(result, indent=1))
 
 

@@ -39,26 +39,28 @@ def draw(out: Path, path: disback.Path | None, compare: Path | None, net: nn.Mod
 
 
 def draw_path(file: Path, nodes: list[Tensor], snapshots: list) -> None:
-    """Images of every node, teacher first; beside them the student's after every switch."""
-    last, end = len(nodes) - 1, snapshots[-1]
+    """Down the left, images of every node, teacher first; up the right, the student's, beside each
+    node those that it made once that node had been its target."""
+    last = len(nodes) - 1
     names = {last: f"node {last}:\ndegraded", 0: "node 0:\nthe teacher"}
     there = [(x, names.get(i, f"node {i}")) for i, x in enumerate(nodes)]
-    back = [(kept["x0"], f"iteration {step}:\nto node {int(kept['node'])}")
-            for step, kept in [snapshots[0], *switches(snapshots)]]
-    back.append((end[1]["x0"], f"iteration {end[0]}:\nthe end"))
+    switched = switches(snapshots)
+    targets = [int(kept["node"]) for _, kept in snapshots[:1] + switched]
+    back = [(snapshots[0][1]["x0"], "the start")]
+    back += [(kept["x0"], f"after node {target}:\niteration {step}")
+             for target, (step, kept) in zip(targets, [*switched, snapshots[-1]])]
     rows = max(len(there), len(back))
-    figure, axes = plt.subplots(rows, 2, figsize=(13, 0.75 * rows + 0.7), layout="constrained",
+    figure, axes = plt.subplots(rows, 2, figsize=(13, 0.62 * rows + 0.5), layout="constrained",
                                 squeeze=False)
-    titles = (("The path: each node's images, by 18 steps", TARGET),
-              ("The way back: the student's images, in one step", STUDENT))
-    for column, part, (title, color) in zip(axes.T, (there, back), titles):
+    titles = (("The path, downwards: each node's images, in 18 steps", TARGET),
+              ("The way back, upwards: the student's images, in one", STUDENT))
+    for column, part, (title, color) in zip(axes.T, (there, back[::-1]), titles):
         column[0].set_title(title, color=color)
         for axis in column:
             axis.set_axis_off()
-        for axis, (images, name) in zip(column, part):
+        for axis, (images, name) in zip(column[len(column) - len(part):], part):
             show(axis, images[:COLUMNS])
             axis.text(-0.01, 0.5, name, transform=axis.transAxes, ha="right", va="center")
-    figure.suptitle("Every column has one label and one noise")
     save(figure, file)
 
 

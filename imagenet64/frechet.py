@@ -24,6 +24,8 @@ class Statistics:
         if len(features) == 0:
             return
         features = features.cpu().double()
+        if not features.isfinite().all():
+            raise disback.Refusal("features are not finite: the network that made them is broken")
         mean, total = features.mean(dim=0), self.n + len(features)
         centred, shift = features - mean, mean - self.mean
         self.scatter += centred.T @ centred
@@ -54,5 +56,8 @@ def root(cov: Tensor) -> Tensor:
     """The symmetric root. Eigenvalues that rounding alone can make count as zero: their roots are
     eight digits larger than they, and a singular covariance has many."""
     values, vectors = torch.linalg.eigh(cov)
+    if values.min() < -1e-6 * values.max().abs():
+        raise disback.Refusal("what should be a covariance has negative eigenvalues: use another "
+                              "reference")
     noise = values.max() * len(cov) * torch.finfo(cov.dtype).eps
     return vectors * torch.where(values > noise, values, 0).sqrt() @ vectors.T

@@ -41,7 +41,8 @@ class Config:
     save_every: int = 100  # iterations between checkpoints
     log_every: int = 25  # iterations between lines of log.jsonl
 
-    images: Literal["digits", "imagenet"] = "digits"  # the data, and with it the network's size
+    images: Literal["digits", "imagenet"] = "digits"  # the preset's data, and network
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks' arithmetic; weights are fp32
     start: Literal["teacher", "untrained"] = "teacher"  # the student's first weights
     start_sigma: float = 80.0  # the noise level at which the student generates
     sigma_vsd: Literal["lognormal", "karras"] = "lognormal"  # levels of the student's update
@@ -59,11 +60,11 @@ class Config:
 FULL = Config(images="imagenet", degrade_steps=1000, backtrack_steps=100_000, batch=280, nodes=10,
               interval=500, weighting="dmd", lr_student=2e-6, lr_fake=2e-6, lr_degrade=2e-6,
               fake_updates=5, beta1=0.9, beta2=0.999, weight_decay=0.01, decay="constant", ema=0.0,
-              save_every=1000, log_every=100, start_sigma=80.0, sigma_vsd="karras",
-              sigma_fake="karras")
+              save_every=1000, log_every=100, precision="bf16", start_sigma=80.0,
+              sigma_vsd="karras", sigma_fake="karras")
 # Diff-Instruct's setting, published for CIFAR-10: the student starts where EDM denoises best.
 DIFF_INSTRUCT = replace(FULL, batch=128, weighting="x0", lr_student=1e-5, lr_fake=1e-5,
-                        lr_degrade=1e-5, fake_updates=1, beta1=0.0, weight_decay=0.0, ema=0.9999,
+                        lr_degrade=1e-5, fake_updates=1, beta1=0.0, weight_decay=0.0, ema=0.9998,
                         start_sigma=1.0, sigma_vsd="lognormal", sigma_fake="lognormal")
 PRESETS = {"tiny": Config(), "full": FULL, "diff-instruct": DIFF_INSTRUCT}
 NETWORKS = {"digits": dict(img_resolution=8, img_channels=1, label_dim=10, model_channels=32,
@@ -80,6 +81,8 @@ def make(preset: str = "tiny", seed: int = 0, device: torch.device | str = "cpu"
     The first call trains or downloads the teacher and keeps it; no seed of the student's changes
     it. Labels are uniformly random: no stage sees an image of the data."""
     config = replace(PRESETS[preset], **changes)
+    if config.images != PRESETS[preset].images:
+        raise disback.Refusal(f"--images is fixed by --preset {preset}: choose another preset")
     if config.images == "digits":
         # Two threads are 1.7 times faster on an idle machine, and 10 times slower on a busy one,
         # where they wait for each other; and the bits shall not depend on the machine's cores.
@@ -88,6 +91,7 @@ def make(preset: str = "tiny", seed: int = 0, device: torch.device | str = "cpu"
     teacher, teacher_sha256 = load_teacher(config)
     torch.manual_seed(seed)
     student = copy.deepcopy(teacher) if config.start == "teacher" else edm.Denoiser(**network)
+    teacher.bf16 = student.bf16 = config.precision == "bf16"
     teacher, student = (net.to(device, memory_format=torch.channels_last)
                         for net in (teacher, student))
 
@@ -112,6 +116,7 @@ def make(preset: str = "tiny", seed: int = 0, device: torch.device | str = "cpu"
         # DMD2 spares the student the ends of its grid of 1,000 levels, which teach it little.
         sample_sigma_vsd=lambda n: sample_sigma(config.sigma_vsd, n, 0.02, 0.98).to(device),
         score_weight=edm.score_weight,
+        disk=sum(w.nbytes for w in teacher.state_dict().values()) * (1 + 2 * config.nodes),
         evaluate=evaluate or (lambda student: {}), snapshot=lambda: (kept_z, kept_cond),
         draw=lambda out, path, compare: figures.draw(
             out, path, compare, teacher, lambda net: edm.heun(net, kept_z, kept_cond),
@@ -187,28 +192,40 @@ class Evaluation:
 
 
 def load_teacher(config: Config) -> tuple[edm.Denoiser, str]:
-    """The teacher and its weights' SHA-256: from a file that was named, the digits' from the cache
-    or trained into it, ImageNet's downloaded and converted once. Refusal where that fails."""
+    """The teacher and the SHA-256 of its weights' file. Refusal where they are not to be had, or
+    are another network's."""
     file = Path(config.teacher)
-    if not config.teacher and config.images == "imagenet":
-        file = download.fetch(download.TEACHER, download.cached(download.TEACHER.split("/")[-1]))
-    torch.manual_seed(0)
-    net = edm.Denoiser(**NETWORKS[config.images])
-    if not config.teacher and config.images == "digits":
-        source = "".join(map(inspect.getsource, (edm, digits.load, train)))
-        depends_on = repr([getattr(config, name) for name in OF_TEACHER]) + source
-        name = hashlib.sha256((depends_on + torch.__version__).encode()).hexdigest()[:16]
-        file = download.cached(f"digits-teacher-{name}.safetensors")
-        if not file.exists():
-            train(net, config)
-            disback.save_tensors(file, net.state_dict())
+    if not config.teacher:
+        file = digits_teacher(config) if config.images == "digits" else download.fetch(
+            download.TEACHER, download.cached(download.TEACHER.split("/")[-1]))
+    weights = file
     if file.suffix == ".pkl":
-        converted = download.cached(f"{file.stem}-{disback.sha256(file)[:16]}.safetensors")
-        if not converted.exists():
-            pickles.convert(file, converted)
-        file = converted
-    disback.load_net(file, net)
-    return net, disback.sha256(file)
+        weights = download.cached(f"{file.stem}-{disback.sha256(file)[:16]}.safetensors")
+        if not weights.exists():
+            pickles.convert(file, weights)
+    net = edm.Denoiser(**NETWORKS[config.images])
+    try:
+        disback.load_net(weights, net, "name another --teacher, or another --preset")
+    except disback.Refusal:
+        if weights != file:
+            weights.unlink(missing_ok=True)  # the conversion of a file that is of no use here
+        raise
+    return net, disback.sha256(weights)
+
+
+def digits_teacher(config: Config) -> Path:
+    """The file of the digits' teacher: in the cache, or trained into it, under the hash of all that
+    it depends on; no seed of the student's changes it."""
+    source = "".join(map(inspect.getsource, (edm, digits.load, train)))
+    depends_on = repr([getattr(config, name) for name in OF_TEACHER]) + source + torch.__version__
+    name = hashlib.sha256(depends_on.encode()).hexdigest()[:16]
+    file = download.cached(f"digits-teacher-{name}.safetensors")
+    if not file.exists():
+        torch.manual_seed(0)
+        net = edm.Denoiser(**NETWORKS["digits"])
+        train(net, config)
+        disback.save_tensors(file, net.state_dict())
+    return file
 
 
 def train(net: edm.Denoiser, config: Config, batch: int = 128) -> None:

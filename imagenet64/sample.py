@@ -1,8 +1,8 @@
 """Images from a student in one step, or from its teacher or a node: python -m imagenet64.sample RUN
 
 RUN is a run's folder; the word teacher stands for the teacher of --preset, which needs no run. The
-image of a seed is the same whatever the batch. Writes a grid (.png), or (.npz) uint8 arr_0
-[n, h, w, c] and the classes arr_1 [n], the layout that FID tools read.
+image of a seed is the same, but for rounding, whatever the batch. Writes a grid (.png), or (.npz)
+uint8 arr_0 [n, h, w, c] and the classes arr_1 [n], the layout that FID tools read.
 """
 
 import argparse
@@ -36,8 +36,8 @@ def main(argv: list[str]) -> None:
     file = args.to or default_name(args).with_suffix(".png")
     if file.suffix not in (".png", ".npz"):
         disback.refuse(f"--to must be a .png or an .npz file, not {file}")
-    if args.images < 1 or args.seed < 0:
-        disback.refuse("--images must be at least 1 and --seed at least 0")
+    if args.images < 1 or not 0 <= args.seed < 2**63 - args.images:
+        disback.refuse("--images must be at least 1, --seed at least 0, and both below 2**63")
     sample, _, _ = source(args, args.classes)
     batches = sample(range(args.seed, args.seed + args.images))
     made = list(tqdm(batches, total=-(-args.images // args.batch), unit="batch"))
@@ -55,7 +55,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN", help="a run's folder, or: teacher")
     parser.add_argument("--node", type=int, help="a node of the run's path; 0 is the teacher")
     parser.add_argument("--preset", choices=problem.PRESETS, help="the run's, or the teacher's")
-    parser.add_argument("--steps", type=int, default=18, help="of Heun's method, for a node (18)")
+    parser.add_argument("--steps", type=int, help="of Heun's method, for a node (18)")
     parser.add_argument("--batch", type=int, default=64, help="images in memory at a time (64)")
 
 
@@ -74,24 +74,30 @@ def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
     network, and classes that there are not.
     """
     for name in ("steps", "batch"):
-        if getattr(args, name) < 1:
-            disback.refuse(f"--{name} must be at least 1, not {getattr(args, name)}")
+        if (value := getattr(args, name)) is not None and value < 1:
+            disback.refuse(f"--{name} must be at least 1, not {value}")
+    one_step = args.source != "teacher" and args.node is None
+    if one_step and args.steps is not None:
+        disback.refuse("--steps is for a --node or the teacher; a student makes one")
+    if args.source == "teacher" and args.node is not None:
+        disback.refuse("--node is for a run's path; the teacher needs none")
+    steps = 1 if one_step else args.steps or 18
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.source == "teacher":
         config = problem.PRESETS[args.preset or "tiny"]
         net, sha256 = problem.load_teacher(config)
-        one_step = False
     else:
         config = config_of(Path(args.source), args.preset, args.node)
         net = edm.Denoiser(**problem.NETWORKS[config.images])
-        one_step = args.node is None
         file = Path(args.source) / "student.safetensors"
+        if one_step and not file.is_file():
+            disback.refuse(f"{file} is not there yet: finish the run by backtrack.py --resume")
         if not one_step:
             path = disback.Path(Path(args.source) / "path")
             if not 0 <= args.node < len(path):
                 disback.refuse(f"--node must be from 0 to {len(path) - 1}, not {args.node}")
             file = path.files[args.node]
-        disback.load_net(file, net)
+        disback.load_net(file, net, "name the run that made it")
         sha256 = disback.sha256(file)
     count = problem.NETWORKS[config.images]["label_dim"]
     for wrong in (c for c in classes or () if not 0 <= c < count):
@@ -104,10 +110,10 @@ def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
             z, of = inputs(seeds[start:start + args.batch], classes, config)
             z, cond = z.to(device), problem.labels(of, config).to(device)
             x0 = (problem.generate(net, z, cond, config.start_sigma) if one_step
-                  else edm.heun(net, z, cond, args.steps))
+                  else edm.heun(net, z, cond, steps))
             yield edm.to_uint8(x0).cpu(), of
 
-    return images, config, {"weights_sha256": sha256, "steps": 1 if one_step else args.steps}
+    return images, config, {"weights_sha256": sha256, "steps": steps}
 
 
 def config_of(run: Path, preset: str | None, node: int | None) -> problem.Config:
@@ -115,7 +121,7 @@ def config_of(run: Path, preset: str | None, node: int | None) -> problem.Config
     stage = "backtrack" if node is None else "degrade"
     file = run / "config.json"
     stages = disback.load_json(file, "name a run's folder")
-    with disback.blame(f"{run} holds no finished stage {stage} of imagenet64"):
+    with disback.blame(f"{run} holds no stage {stage} of imagenet64"):
         settings = stages[stage]
         disback.must_agree(run, settings, {"problem": "imagenet64"})
         disback.must_agree(run, settings, {"preset": preset or settings["preset"]})

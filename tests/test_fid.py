@@ -1,5 +1,6 @@
 """The Fréchet distance against reference data, scipy and closed forms; its measurement, cut off."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import scipy.linalg
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 
 import disback
 from imagenet64 import digits, features, fid, problem, sample
@@ -133,7 +135,7 @@ def test_a_measurement_has_the_distance_of_each_block_the_least_and_the_mean(tmp
     assert found["distances"] == pytest.approx(expected, rel=1e-6)
     assert found["min"] == min(found["distances"])
     assert found["mean"] == pytest.approx(np.mean(expected), rel=1e-6)
-    assert list(tmp_path.iterdir()) == []
+    assert [file.name for file in tmp_path.iterdir()] == ["partial"]  # until the result is saved
 
 
 class Cut(Exception):
@@ -167,7 +169,7 @@ def test_a_measurement_that_was_cut_off_goes_on_and_ends_the_same_to_the_bit(
         measure(tmp_path / "partial", until_cut)
     never_cut, asked = cut_after(-1)
     assert measure(tmp_path / "partial", never_cut) == whole
-    assert asked[0] == goes_on_at and list(tmp_path.iterdir()) == []
+    assert asked[0] == goes_on_at
 
 
 @pytest.mark.parametrize("other, name", [
@@ -284,9 +286,9 @@ def test_the_command_measures_an_npz_against_the_digits_and_keeps_the_result(cap
     expected = [statistics_of(extractor(block), 450) for block in (images[:450], images[450:900])]
     assert found["distances"] == pytest.approx(
         [fid.frechet_distance(s.mean, s.cov, *data) for s in expected], rel=1e-5)
-    kept = json.loads((tmp_path / "half.fid.json").read_text())
+    kept = json.loads((tmp_path / "half.fid-450x2.json").read_text())
     assert kept == found
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["half.fid.json", "half.npz"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["half.fid-450x2.json", "half.npz"]
 
 
 def test_the_command_goes_on_where_it_was_interrupted(capsys, monkeypatch, tmp_path):
@@ -328,10 +330,97 @@ def test_the_command_gives_every_block_of_a_run_its_own_seeds(capsys, monkeypatc
     monkeypatch.setattr(sample, "source", lambda args: (images, problem.Config(), {"steps": 1}))
     found = run(capsys, tmp_path, "--images", 20, "--blocks", 2)
     assert asked == [[*range(20)], [*range(20, 40)]]
-    assert (tmp_path / "fid.json").exists() and len(set(found["distances"])) == 2
+    assert (tmp_path / "fid-20x2.json").exists() and len(set(found["distances"])) == 2
+
+
+def test_the_command_goes_on_with_a_runs_images_in_the_middle_of_a_block(
+        capsys, monkeypatch, tmp_path):
+    seen, add = [], fid.Statistics.add
+
+    def images(seeds):
+        seen.extend(seeds)
+        for seed in seeds:
+            x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+            yield features.to_uint8(x), None
+
+    def interrupted(statistics, batch):
+        if len(seen) == 26 and statistics.n == 5:  # after 5 of the second block's images
+            raise KeyboardInterrupt
+        add(statistics, batch)
+
+    monkeypatch.setattr(fid, "SAVE_EVERY", 5)
+    monkeypatch.setattr(sample, "source", lambda args: (
+        lambda seeds: images(list(seeds)[:6] if cut and seeds[0] else seeds),
+        problem.Config(), {"weights_sha256": "a"}))
+    argv, cut = [tmp_path, "--images", 20, "--blocks", 2], False
+    whole = run(capsys, *argv)
+    seen.clear()
+    cut = True
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fid.Statistics, "add", interrupted)
+        run(capsys, *argv)
+    seen.clear()
+    cut = False
+    assert run(capsys, *argv) == whole
+    assert seen == [*range(25, 40)]
+
+
+@pytest.mark.parametrize("what", ["weights_sha256", "reference_sha256", "features_sha256"])
+def test_a_cut_off_measurement_is_not_gone_on_with_once_its_parts_have_changed(
+        capsys, monkeypatch, tmp_path, what):
+    about, extractor = {"weights_sha256": "a"}, features.of_digits("cpu")
+    monkeypatch.setattr(features, "of_digits", lambda device: (
+        dataclasses.replace(extractor[0], about=extractor[0].about | others), extractor[1]))
+    monkeypatch.setattr(fid, "SAVE_EVERY", 5)
+
+    def images(seeds):
+        yield IMAGES[:6, :, :1, :1].repeat(1, 1, 8, 8), None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "source", lambda args: (images, problem.Config(), about))
+    others = {}
+    with pytest.raises(KeyboardInterrupt):
+        run(capsys, tmp_path, "--images", 20)
+    if what in about:
+        about = {what: "b"}
+    else:
+        others = {what: "b"}
+    with pytest.raises(disback.Refusal, match=what):
+        run(capsys, tmp_path, "--images", 20)
+
+
+@pytest.mark.parametrize("broken", [
+    {"n": torch.tensor(-1)}, {"mean": torch.zeros(3)}, {"scatter": torch.full((4, 4), torch.nan)},
+    {"about": torch.tensor([1.0])}, {"n": None}])
+def test_a_damaged_partial_file_is_refused_by_name(tmp_path, broken):
+    fid.save(tmp_path / "partial", fid.Statistics(4), [], {})
+    kept = load_file(tmp_path / "partial") | broken
+    save_file({k: v for k, v in kept.items() if v is not None}, tmp_path / "partial")
+    with pytest.raises(disback.Refusal, match="partial cannot be read: remove it"):
+        fid.restore(tmp_path / "partial", 4, {})
+
+
+def test_a_run_is_measured_on_three_blocks_of_fifty_thousand_unless_told(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(sample, "source", lambda args: (None, problem.Config(), {}))
+    monkeypatch.setattr(fid, "measure", lambda batches, extract, reference, images, blocks, *rest: (
+        asked.append((images, blocks)) or (_ for _ in ()).throw(KeyboardInterrupt)))
+    with pytest.raises(KeyboardInterrupt):
+        fid.main([str(tmp_path)])
+    assert asked == [(50_000, 3)]
+
+
+def test_features_and_covariances_that_cannot_be_are_refused():
+    with pytest.raises(disback.Refusal, match="not finite"):
+        fid.Statistics(2).add(torch.tensor([[0.0, float("nan")]]))
+    one, zero = torch.eye(2), torch.zeros(2)
+    with pytest.raises(disback.Refusal, match="negative eigenvalues"):
+        fid.frechet_distance(zero, one, zero, -one)
 
 
 @pytest.mark.parametrize("argv, cause", [
+    (["x.npz", "--images", "1"], "at least 2"), (["x.npz", "--node", "1"], "--node and --steps"),
+    (["x.npz", "--steps", "9"], "--node and --steps"),
     (["gone.npz"], "gone.npz"), (["gone"], "gone"), (["x.npz", "--images", "0"], "--images"),
     (["x.npz", "--images", "11"], "10 images, too few"), (["x.npz", "--preset", "large"], "large"),
     (["x.npz", "--preset", "full"], "uint8"), (["x.npz", "--reference", "x"], "--reference"),

@@ -1,11 +1,14 @@
 """imagenet64 end to end on digits: the problem, both stages, sampling, and what they refuse."""
 
+import dataclasses
 import json
+import math
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 from scipy.stats import kstest
@@ -86,13 +89,47 @@ def test_lognormal_levels_have_edms_mean_and_deviation(tiny):
     assert kstest(sigma.flatten().log().numpy(), "norm", args=(-1.2, 1.2)).pvalue > 1e-3
 
 
-def test_full_is_dmd2s_published_setting_and_the_other_diff_instructs():
-    full, other = problem.PRESETS["full"], problem.PRESETS["diff-instruct"]
-    assert (full.lr_student, full.lr_fake, full.batch, full.fake_updates) == (2e-6, 2e-6, 280, 5)
-    assert (full.beta1, full.beta2, full.weight_decay, full.ema) == (0.9, 0.999, 0.01, 0.0)
-    assert (full.start_sigma, full.weighting, full.sigma_vsd) == (80.0, "dmd", "karras")
-    assert (other.lr_student, other.fake_updates, other.start_sigma) == (1e-5, 1, 1.0)
-    assert (other.beta1, other.weighting, other.sigma_vsd) == (0.0, "x0", "lognormal")
+PRESETS = {  # as the README tabulates them
+    "full": dict(images="imagenet", batch=280, lr_student=2e-6, lr_fake=2e-6, lr_degrade=2e-6,
+                 beta1=0.9, beta2=0.999, weight_decay=0.01, fake_updates=5, weighting="dmd",
+                 sigma_vsd="karras", sigma_fake="karras", ema=0.0, start_sigma=80.0,
+                 precision="bf16", nodes=10, interval=500, degrade_steps=1000),
+    "diff-instruct": dict(images="imagenet", batch=128, lr_student=1e-5, lr_fake=1e-5,
+                          lr_degrade=1e-5, beta1=0.0, beta2=0.999, weight_decay=0.0,
+                          fake_updates=1, weighting="x0", sigma_vsd="lognormal",
+                          sigma_fake="lognormal", ema=0.9998, start_sigma=1.0, precision="bf16",
+                          nodes=10, interval=500, degrade_steps=1000)}
+
+
+@pytest.mark.parametrize("preset, values", PRESETS.items())
+def test_presets_are_the_published_settings(preset, values):
+    found = dataclasses.asdict(problem.PRESETS[preset])
+    assert {name: found[name] for name in values} == values
+    if values["ema"]:  # half a million images of half-life
+        half_life = math.log(0.5) / math.log(values["ema"]) * values["batch"]
+        assert half_life == pytest.approx(5e5, rel=0.15)
+
+
+def test_the_full_presets_figures_show_ten_classes_and_its_student_spares_the_grids_ends(
+        monkeypatch):
+    small = problem.NETWORKS["imagenet"] | dict(
+        img_resolution=8, model_channels=32, channel_mult=(1,), num_blocks=1)
+    monkeypatch.setitem(problem.NETWORKS, "imagenet", small)
+    monkeypatch.setattr(problem, "load_teacher", lambda config: (edm.Denoiser(**small), "sha"))
+    full = problem.make("full")
+    assert full.snapshot()[1].argmax(dim=1)[:10].tolist() == [*range(0, 1000, 100)]
+    sigma = full.sample_sigma_vsd(20_000)
+    grid = edm.karras_grid(1000)[:-1].flip(0)
+    assert grid[19] < sigma.min() and sigma.max() < grid[981]
+    assert full.sample_sigma(20_000).max() > grid[990]
+    assert full.teacher.bf16 and full.evaluate(full.student) == {}
+
+
+@torch.no_grad()
+def test_evaluation_generates_at_the_students_own_noise_level():
+    evaluate, asked = problem.Evaluation(problem.Config(start_sigma=3.0), "cpu"), set()
+    evaluate(lambda x, sigma, cond: asked.add((sigma.item(), round(x.std().item()))) or x)
+    assert asked == {(3.0, 3)}
 
 
 def test_evaluating_the_data_themselves_gives_no_distance_and_the_classifiers_accuracy():
@@ -226,6 +263,23 @@ def test_a_nodes_images_are_drawn_by_heuns_method_and_node_0_is_the_teacher(run,
         assert np.abs(expected - found[..., 0]).max() <= 1
 
 
+def test_a_teachers_images_need_no_run(tmp_path, capsys, monkeypatch):
+    torch.manual_seed(5)
+    net = edm.Denoiser(**problem.NETWORKS["digits"])
+    monkeypatch.setattr(problem, "load_teacher", lambda config: (net, "sha"))
+    found = sampled(capsys, "teacher", "--images", 2, "--steps", 4, "--to", tmp_path / "x.npz")[0]
+    z, classes = sample.inputs(range(2), None, problem.Config())
+    x = edm.heun(net, z, problem.labels(classes, problem.Config()), 4)
+    expected = features.to_uint8(x)[:, 0].numpy().astype(int)
+    assert np.abs(expected - found[..., 0]).max() <= 1
+
+
+def test_classes_go_with_seeds_not_with_places_in_a_batch(run, tmp_path, capsys):
+    flags = ["--classes", 1, 2, 3, "--to", tmp_path / "x.npz"]
+    assert sampled(capsys, run, "--images", 5, "--batch", 2, *flags)[1].tolist() == [1, 2, 3, 1, 2]
+    assert sampled(capsys, run, "--images", 2, "--seed", 4, *flags)[1].tolist() == [2, 3]
+
+
 def test_the_grid_shows_every_image_in_its_place(run, tmp_path, capsys):
     images = sampled(capsys, run, "--images", 12, "--to", tmp_path / "x.npz")[0]
     sample.main([str(run), "--images", "12", "--to", str(tmp_path / "x.png")])
@@ -244,10 +298,38 @@ def test_the_grid_shows_every_image_in_its_place(run, tmp_path, capsys):
     (["--node", "3"], "from 0 to 2"), (["--node", "-1"], "from 0 to 2"),
     (["--preset", "full"], "preset tiny, not full"), (["--classes", "10"], "from 0 to 9"),
     (["--images", "0"], "--images"), (["--batch", "0"], "--batch"), (["--to", "x.gif"], "x.gif"),
-    (["--steps", "0"], "--steps"), (["--seed", "-1"], "--seed")])
+    (["--steps", "0"], "--steps"), (["--seed", "-1"], "--seed"), (["--steps", "9"], "--node"),
+    (["--seed", "9" * 20], "--seed")])
 def test_sampling_refuses_by_name(run, flags, cause):
     with pytest.raises(disback.Refusal, match=cause):
         sample.main([str(run), *flags])
+
+
+def test_an_unfinished_run_and_a_node_of_the_teacher_are_refused(run, tmp_path):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "student.safetensors").unlink()
+    with pytest.raises(disback.Refusal, match="--resume"):
+        sample.main([str(tmp_path)])
+    with pytest.raises(disback.Refusal, match="--node is for"):
+        sample.main(["teacher", "--node", "1"])
+
+
+def test_a_path_of_another_noise_level_is_refused_naming_it(run, tmp_path):
+    with pytest.raises(disback.Refusal, match="start_sigma 80.0, not 40.0"):
+        backtrack.main([*BACKTRACK, "--out", str(tmp_path / "x"), "--path", str(run / "path"),
+                        "--start-sigma", "40"])
+
+
+def test_the_images_are_the_presets():
+    with pytest.raises(disback.Refusal, match="--preset tiny"):
+        problem.make("tiny", images="imagenet")
+
+
+def test_a_conversion_that_is_of_no_use_is_not_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("DISBACK_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(disback.Refusal, match="another --teacher"):
+        problem.make("tiny", teacher=str(ROOT / "tests" / "data" / "edm_pkl_fixture_adm.pkl"))
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_run_of_another_problem_and_a_folder_without_a_run_are_refused(tmp_path):
@@ -256,7 +338,7 @@ def test_a_run_of_another_problem_and_a_folder_without_a_run_are_refused(tmp_pat
     (tmp_path / "config.json").write_text(json.dumps({"backtrack": {"problem": "toy2d"}}))
     with pytest.raises(disback.Refusal, match="toy2d, not imagenet64"):
         sample.main([str(tmp_path)])
-    with pytest.raises(disback.Refusal, match="no finished stage degrade"):
+    with pytest.raises(disback.Refusal, match="no stage degrade"):
         sample.main([str(tmp_path), "--node", "0"])
 
 

@@ -151,7 +151,7 @@ def trained_teacher(config: Config, data: mixture.Mixture) -> tuple[model.Denois
         if not all(weight.isfinite().all() for weight in net.parameters()):
             raise disback.Refusal("the teacher's training diverged: try a lower --teacher-lr")
         disback.save_tensors(file, net.state_dict())
-    disback.load_net(file, net)
+    disback.load_net(file, net, "remove it, and the next run trains the teacher again")
     return net, disback.sha256(file)
 
 
