@@ -269,7 +269,7 @@ def claim(args: Any, problem: Problem, stage: str, settings: dict) -> None:
     """Refuse a folder that holds results or has no room for a path; write its config.json."""
     names = ["student.safetensors", "student", "state.pt", "log.jsonl", "metrics.json",
              "snapshots", "figures"] + ["path"] * (stage == "degrade")
-    there = next(place for place in args.out.absolute().parents if place.is_dir())
+    there = next(p for p in (args.out.absolute(), *args.out.absolute().parents) if p.is_dir())
     if stage == "degrade" and shutil.disk_usage(there).free < problem.disk:
         raise Refusal(f"{there} has less than {problem.disk / 1e9:.1f} GB free: name another --out")
     taken = [args.out / name for name in names if (args.out / name).exists()]

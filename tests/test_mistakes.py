@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -143,6 +144,19 @@ def test_too_large_a_batch_costs_a_line_and_no_old_run(recorded, capsys, monkeyp
     argv = ["toy2d", "--out", tmp_path, *DEGRADE, "--batch", "1" + "0" * 15, "--overwrite"]
     assert "allocate" in refused(capsys, monkeypatch, degrade.main, argv)
     assert len(disback.Path(tmp_path / "path")) == 5
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_it_is_the_disk_of_the_run_folder_that_needs_room(monkeypatch, tmp_path, there):
+    """The folder may be a mount point of its own."""
+    asked = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: (
+        asked.append(place) or types.SimpleNamespace(free=10**12)))
+    out = tmp_path / "disk" / "run"
+    if there:
+        out.mkdir(parents=True)
+    degrade.main(["toy2d", "--out", str(out), *DEGRADE])
+    assert asked == [out if there else tmp_path]
 
 
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
