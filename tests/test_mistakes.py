@@ -39,6 +39,7 @@ def refused(capsys, monkeypatch, main, argv):
     (["toy2d", "--steps", "0"], "steps"),
     (["toy2d", "--batch", "-3"], "batch"),
     (["toy2d", "--lr-degrade", "nan"], "lr_degrade"),
+    (["toy2d", "--lr-degrade", "0"], "lr_degrade"),
     (["toy2d", "--ema", "1"], "ema"),
     (["toy2d", "--spacing", "square"], "square"),
     (["toy2d", "--seed", "-1"], "--seed"),
@@ -157,6 +158,26 @@ def test_it_is_the_disk_of_the_run_folder_that_needs_room(monkeypatch, tmp_path,
         out.mkdir(parents=True)
     degrade.main(["toy2d", "--out", str(out), *DEGRADE])
     assert asked == [out if there else tmp_path]
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")])
+def test_too_little_memory_is_never_blamed_on_a_file(capsys, monkeypatch, error):
+    def main(argv):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            with disback.blame("state.pt is broken: remove it"):
+                raise error
+        raise error
+
+    line = refused(capsys, monkeypatch, main, [])
+    assert "lower --batch" in line and "state.pt" not in line
+
+
+def test_rates_of_decay_may_be_zero():
+    from toy2d.problem import Config
+
+    Config(ema=0.0, beta1=0.0, beta2=0.0, weight_decay=0.0)
 
 
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch):

@@ -104,6 +104,14 @@ def test_arc_spacing_divides_the_distance_where_the_network_moves_fast_then_slow
     assert most <= 2 * 5 + 1
 
 
+def test_distances_are_measured_on_samples_that_are_noised_once(tmp_path):
+    torch.manual_seed(0)
+    x0, sigma = torch.ones(5000, 2), torch.full((5000, 1), 3.0)
+    x, level, cond = degrade.Recorder(tmp_path, Shift(), 2, 5, (x0, sigma, "cond")).probe
+    assert abs((x - x0).std().item() - 3) < 0.1 and abs((x - x0).mean().item()) < 0.2
+    assert level is sigma and cond == "cond"
+
+
 @pytest.mark.parametrize("spacing", ["linear", "log"])
 @pytest.mark.parametrize("nodes, steps", [
     (1, 1), (1, 9), (7, 7), (10, 100), (50, 60), (3, 1000), (10, 58)])
