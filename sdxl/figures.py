@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import disback
-from sdxl.model import quiet
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -23,7 +22,7 @@ def draw(out: Path, path: disback.Path | None, compare: Path | None, folder: Pat
     """path.png, student.png and mismatch.png in OUT/figures. `sample` draws the latents [n, ...]
     of a network from the noise and `prompts` (n) that the snapshots have; the columns are those."""
     (out / "figures").mkdir(exist_ok=True)
-    with quiet():
+    with disback.blame(f"the VAE in {folder} is broken: fetch it again"):
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
     vae.to(next(teacher.parameters()).device)
     rows = []

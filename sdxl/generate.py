@@ -1,7 +1,6 @@
 """Images in one step, of a student or of the weights that the authors of DisBack published."""
 
 import argparse
-import json
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +11,7 @@ from huggingface_hub import hf_hub_download
 from PIL import Image
 
 import disback
-from sdxl import model
+from sdxl import model, text
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 WEIGHTS = "SDXL_DisBack.bin"  # the name of the published weights, and of the student's
@@ -35,14 +34,17 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.batch < 1 or any(not 0 <= seed < 2**63 for seed in args.seeds):
         disback.refuse("--batch must be 1 or more, and --seeds from 0 to 2**63 - 1")
+    with disback.blame(f"--out takes a folder, which {args.out} is not"):
+        args.out.mkdir(parents=True, exist_ok=True)
     pipe, about = load(args.student, args.base)
-    jobs = [(prompt, seed) for prompt in args.prompts for seed in args.seeds]
+    text.note_long(args.prompts, pipe.tokenizer)
+    seeds = list(dict.fromkeys(args.seeds))  # a seed that is given twice makes one picture
+    jobs = [(prompt, seed) for prompt in args.prompts for seed in seeds]
     images = [image for i in range(0, len(jobs), args.batch)
               for image in pictures(pipe, about, jobs[i:i + args.batch])]
-    args.out.mkdir(parents=True, exist_ok=True)
     for i, (image, (_, seed)) in enumerate(zip(images, jobs)):
-        save_png(args.out / f"{i // len(args.seeds):02d}-{seed}.png", image)
-    save_png(args.out / "grid.png", grid(images, len(args.seeds)))
+        save_png(args.out / f"{i // len(seeds):02d}-{seed}.png", image)
+    save_png(args.out / "grid.png", grid(images, len(seeds)))
     print(f"{len(images)} pictures and grid.png are in {args.out}")
 
 
@@ -51,10 +53,11 @@ def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeli
     its base, timestep and size in pixels."""
     file, about = find(student)
     cache = Path(os.environ.get("DISBACK_CACHE", Path.home() / ".cache" / "disback"))
-    folder = model.find(about["base"] if base is None else base, cache)
-    unet = model.load_unet(json.loads((folder / "unet" / "config.json").read_text()), file)
-    with model.quiet():
+    folder = model.find(about["base"] if base is None else base, cache, "--base")
+    unet = model.load_unet(disback.load_json(folder / "unet/config.json", "fetch it again"), file)
+    with disback.blame(f"{folder} is no SDXL pipeline: fetch it again, or name another by --base"):
         pipe = StableDiffusionXLPipeline.from_pretrained(folder, unet=unet)
+    about.setdefault("size", unet.config.sample_size * model.vae_scale(folder))
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return (pipe.to("cuda", torch.float16) if torch.cuda.is_available() else pipe), about
@@ -62,28 +65,24 @@ def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeli
 
 def find(student: str) -> tuple[Path, dict]:
     """The file of a student's weights, and about it; Refusal where there is none."""
-    place, about = Path(student), {"base": BASE, "timestep": 399, "size": 1024}
+    place, about = Path(student), {"base": BASE, "timestep": 399}
     for folder in (place / "student", place):
         if (folder / ABOUT).is_file():
             return folder / WEIGHTS, about | disback.load_json(folder / ABOUT, "export it again")
     if place.is_dir():
         raise disback.Refusal(f"{place} holds no student: let backtrack.py sdxl end first")
-    try:
+    with disback.blame(f"{student} is no folder or file here and the hub gave no {WEIGHTS}: where "
+                       "there is a network, fetch that file and name it by --student"):
         return place if place.is_file() else Path(hf_hub_download(student, WEIGHTS)), about
-    except model.NOT_FOUND as error:
-        raise disback.Refusal(f"{student} is no folder or file here and the hub gave no {WEIGHTS} "
-                              f"({type(error).__name__}): where there is a network, fetch that "
-                              "file and name it by --student") from error
 
 
 def pictures(pipe: StableDiffusionXLPipeline, about: dict, jobs: list[tuple[str, int]]) -> list:
     """An image for each (prompt, seed): one step at the student's timestep, without guidance. An
     image depends on its own seed alone, whatever else is in the batch."""
     noise = [torch.Generator("cpu").manual_seed(seed) for _, seed in jobs]
-    with model.quiet():  # the scheduler warns of every timestep but 999
-        return pipe([prompt for prompt, _ in jobs], num_inference_steps=1, guidance_scale=0,
-                    timesteps=[about["timestep"]], generator=noise, height=about["size"],
-                    width=about["size"]).images
+    return pipe([prompt for prompt, _ in jobs], num_inference_steps=1, guidance_scale=0,
+                timesteps=[about["timestep"]], generator=noise, height=about["size"],
+                width=about["size"]).images
 
 
 def grid(images: list, columns: int) -> Image.Image:
@@ -103,20 +102,23 @@ def export(out: Path, folder: Path, rank: int, **about) -> None:
     """Write OUT/student from OUT/student.safetensors, for diffusers: the UNet as save_pretrained
     has it and as a plain state dict, the scheduler, and `about`, with the timestep. Adapters of
     a `rank` above 0 are added to the weights of the base in `folder`."""
-    config = json.loads((folder / "unet" / "config.json").read_text())
+    config = disback.load_json(folder / "unet" / "config.json", "fetch it again")
     file = out / "student.safetensors"
     unet = (model.merged(config, folder / model.WEIGHTS[0], file, rank) if rank
             else model.load_unet(config, file))
     beside = out / ".student"
     shutil.rmtree(beside, ignore_errors=True)
-    with model.quiet():
-        unet.save_pretrained(beside / "unet", max_shard_size="12GB")
-        LCMScheduler.from_pretrained(folder, subfolder="scheduler").save_pretrained(
-            beside / "scheduler")
-    disback.atomically(beside / WEIGHTS, lambda file: torch.save(unet.state_dict(), file))
-    disback.save_json(beside / ABOUT, about)
-    shutil.rmtree(out / "student", ignore_errors=True)
-    os.replace(beside, out / "student")
+    try:
+        with disback.blame(f"cannot write {out}/student: make room, then backtrack.py --resume"):
+            unet.save_pretrained(beside / "unet", max_shard_size="12GB")
+            LCMScheduler.from_pretrained(folder, subfolder="scheduler").save_pretrained(
+                beside / "scheduler")
+            torch.save(unet.state_dict(), beside / WEIGHTS)
+            disback.save_json(beside / ABOUT, about)
+            shutil.rmtree(out / "student", ignore_errors=True)
+            os.replace(beside, out / "student")
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ def on_meta(unet_config: dict) -> UNet2DConditionModel:
         return UNet2DConditionModel.from_config(unet_config)
 
 
-def table(unet_config: dict, config: Any) -> str:
-    """Gigabytes (1e9 bytes) of either stage at batch 1, 4 and the config's own. Weights, gradients
-    and optimizer are exact; activations are estimated."""
+def table(unet_config: dict, config: Any, side: int) -> str:
+    """Gigabytes (1e9 bytes) of either stage at batch 1, 4 and the config's own, for latents of
+    `side` squared. Weights, gradients and optimizer are exact; activations are estimated."""
     unet = on_meta(unet_config)
     count = sum(p.numel() for p in unet.parameters())
     whole, trained = 4e-9 * count, 4e-9 * (adapter_parameters(unet, config.rank) or count)
@@ -42,7 +42,6 @@ def table(unet_config: dict, config: Any) -> str:
             ("frozen weights" if config.rank else "copies in bf16 that autocast makes",
              *(2 * [bf16 or whole] if config.rank else 2 * [bf16]))]
     static = [sum(row[stage] for row in rows) for stage in (1, 2)]
-    side = config.size // 8 if count > 1e9 else unet.config.sample_size
     stored, checkpointed = activations(unet, side, config.precision == "bf16")
     for batch in sorted({1, 4, config.batch}):
         taken = batch * (checkpointed if config.checkpointing == "yes" else stored)

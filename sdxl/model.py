@@ -1,21 +1,15 @@
 """SDXL's UNet as a denoiser, and its files: a local folder of diffusers' layout, or the hub's."""
 
-import contextlib
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from diffusers.utils import logging as of_diffusers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.utils import logging as of_transformers
 
 import disback
 from sdxl import tiny
@@ -27,8 +21,7 @@ FILES = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.jso
          "vae/config.json", "text_encoder/config.json", "text_encoder_2/config.json", *WEIGHTS)
 
 ADAPTED = ("to_q", "to_k", "to_v", "to_out.0")  # the linear maps that LoRA adds to
-# What the hub's client raises where a name or the network is not there.
-NOT_FOUND = (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError)
+MINUS_TEACHER = "minus_teacher."  # before a difference's names, lest it be taken for weights
 
 
 class Denoiser(nn.Module):
@@ -91,57 +84,83 @@ def guide(net: Callable, x: Tensor, sigma: Tensor, cond: dict[str, Tensor],
     return without + scale * (given - without)
 
 
-def find(model: str, cache: Path) -> Path:
+def find(model: str, cache: Path, flag: str = "--model") -> Path:
     """The folder of `model`: the tiny pipeline's where it is empty, itself where it is a folder,
-    and what the hub has under that name, fetched on first use, where it is not."""
-    with quiet():
-        folder = Path(model) if model else tiny.folder(cache)
+    and what the hub has under that name, fetched on first use, where it is not. Refuses, naming the
+    `flag` that takes another, what lacks a file or has a broken one."""
+    folder = Path(model) if model else tiny.folder(cache)
     if model and not folder.is_dir():
-        try:
+        with disback.blame(f"model {model} is no folder here and was not to be had from the hub: "
+                           f"where there is a network, fetch {', '.join(FILES)}, tokenizer/* and "
+                           f"tokenizer_2/*, and name their folder by {flag}"):
             folder = Path(snapshot_download(model, allow_patterns=[*FILES, "tokenizer*/*"]))
-        except NOT_FOUND as error:
-            raise disback.Refusal(
-                f"model {model} is no folder here and was not to be had from the hub "
-                f"({type(error).__name__}): where there is a network, fetch {', '.join(FILES)}, "
-                "tokenizer/* and tokenizer_2/*, and name their folder by --model") from error
     missing = [name for name in FILES if not (folder / name).is_file()]
+    for name in ("tokenizer", "tokenizer_2"):  # transformers 5 writes the one file, the hub has two
+        files = (folder / name / file for file in ("vocab.json", "merges.txt"))
+        if not (folder / name / "tokenizer.json").is_file():
+            missing += [str(file.relative_to(folder)) for file in files if not file.is_file()]
     if missing:
-        raise disback.Refusal(f"{folder} lacks {', '.join(missing)}: --model takes the folder of "
+        raise disback.Refusal(f"{folder} lacks {', '.join(missing)}: {flag} takes the folder of "
                               "an SDXL pipeline in diffusers' layout")
+    for name in WEIGHTS:
+        with disback.blame(f"{folder / name} is broken: fetch it again"), safe_open(
+                folder / name, "pt"):
+            pass
+    vae_scale(folder)
     return folder
 
 
+def vae_scale(folder: Path) -> int:
+    """Pixels, across, of an image for each of its latents."""
+    file = folder / "vae" / "config.json"
+    with disback.blame(f"{file} is no VAE's: fetch it again"):
+        return 2 ** (len(disback.load_json(file, "fetch it again")["block_out_channels"]) - 1)
+
+
 def load(folder: Path) -> tuple[UNet2DConditionModel, Tensor]:
-    """The UNet in float32, and sigma [1000] of its timesteps, ascending, from the scheduler's
-    config. Refuses what is not SDXL, or does not predict eps."""
+    """The UNet in float32, and sigma [1000] of its timesteps, ascending. Refuses what is not SDXL,
+    does not predict eps, or has another kind of noise schedule."""
     kind = disback.load_json(folder / "model_index.json", "it is no pipeline").get("_class_name")
     config = disback.load_json(folder / "unet" / "config.json", "it is no UNet's config")
     added = config.get("addition_embed_type")
     if kind != "StableDiffusionXLPipeline" or added != "text_time":
         raise disback.Refusal(f"{folder} is not SDXL but {kind} (addition_embed_type {added}): "
                               "name an SDXL base model by --model")
-    with quiet():
-        scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    sigmas = load_sigmas(folder)  # first, as it takes no time
+    return load_unet(config, folder / WEIGHTS[0]), sigmas
+
+
+def load_sigmas(folder: Path) -> Tensor:
+    """Sigma [1000] of the timesteps, ascending, from the scheduler's config; Refusal where that
+    leaves something to diffusers' defaults, or has other than 1000 finite ones."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = disback.load_json(file, "it is no scheduler's config")
+    other = f"{file} has another noise schedule than SDXL's kind: name an SDXL base by --model"
+    lacking = {"beta_start", "beta_end", "beta_schedule"} - config.keys()
+    if lacking or str(config.get("_class_name")).startswith("EDM"):
+        raise disback.Refusal(f"{other} ({config.get('_class_name')}, without {sorted(lacking)})")
+    with disback.blame(other):
+        scheduler = DDPMScheduler.from_config(config)
     if scheduler.config.prediction_type != "epsilon":
         raise disback.Refusal(f"{folder} predicts {scheduler.config.prediction_type}; only epsilon "
                               "is known here: take a model that predicts it")
     abar = scheduler.alphas_cumprod.double()
-    return load_unet(config, folder / WEIGHTS[0]), ((1 - abar) / abar).sqrt().float()
+    sigmas = ((1 - abar) / abar).sqrt().float()
+    if len(sigmas) != 1000 or not sigmas[0] > 0 or not sigmas.isfinite().all():
+        raise disback.Refusal(f"{other} ({len(sigmas)} sigmas from {sigmas[0]} to {sigmas[-1]})")
+    return sigmas
 
 
 def load_unet(config: dict, file: Path) -> UNet2DConditionModel:
     """A UNet in float32 of exactly the weights in `file`, which may be Denoiser's; of a safetensors
     file no second copy is made. Nothing is unpickled but tensors."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
-    try:
+    with disback.blame(f"{file} does not hold this UNet: fetch it again, or name its own base"):
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(config)
         state = (load_file(file) if file.suffix == ".safetensors"
                  else torch.load(file, map_location="cpu", weights_only=True))
         state = {name.removeprefix("unet."): value.float() for name, value in state.items()}
         unet.load_state_dict(state, strict=True, assign=True)
-    except (OSError, EOFError, SafetensorError, RuntimeError, AttributeError,
-            UnpicklingError) as error:
-        raise disback.Refusal(f"{file} does not hold this UNet: {str(error)[:300]}") from error
     return unet.eval()
 
 
@@ -151,7 +170,7 @@ def adapt(unet: UNet2DConditionModel, rank: int) -> UNet2DConditionModel:
         from peft import LoraConfig
     except ImportError as error:
         raise disback.Refusal("rank needs peft: pip install peft, or --rank 0") from error
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same start for the path and for whoever walks it
         unet.requires_grad_(False).add_adapter(LoraConfig(
             r=rank, lora_alpha=rank, target_modules=list(ADAPTED)))
@@ -174,7 +193,7 @@ def difference(net: nn.Module, teacher: nn.Module) -> dict[str, Tensor]:
     """What is stored of a node: its weights less the teacher's, in bfloat16, on the CPU. They keep
     in 16 bits what the weights themselves, rounded to as many, would lose."""
     base = teacher.state_dict()
-    return {name: (weight - base[name]).to("cpu", torch.bfloat16)
+    return {MINUS_TEACHER + name: (weight - base[name]).to("cpu", torch.bfloat16)
             for name, weight in net.state_dict().items()}
 
 
@@ -189,25 +208,6 @@ def add_difference(file: Path, net: nn.Module) -> None:
     with disback.blame(f"{file} does not hold this network: record the path again"):
         added = load_file(file)
         for name, weight in net.state_dict().items():
-            weight += added.pop(name).to(weight)
+            weight += added.pop(MINUS_TEACHER + name).to(weight)
         if added:
             raise KeyError(*added)
-
-
-def vae_config(folder: Path) -> dict:
-    return json.loads((folder / "vae" / "config.json").read_text())
-
-
-@contextlib.contextmanager
-def quiet():
-    """Neither library's bars and warnings, which would hide the run's own line."""
-    before = [(module, module.get_verbosity()) for module in (of_diffusers, of_transformers)]
-    for module, _ in before:
-        module.set_verbosity_error()
-        module.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for module, verbosity in before:
-            module.set_verbosity(verbosity)
-            module.enable_progress_bar()

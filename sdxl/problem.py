@@ -56,6 +56,9 @@ class Config:
 
     def __post_init__(self) -> None:
         disback.check_config(self)
+        if self.switch == "adaptive":
+            raise disback.Refusal("switch must be interval: adaptive compares distances between "
+                                  "networks that are not guided, and here the target is")
         if self.size % 8:
             raise disback.Refusal(f"size must be divisible by 8, not {self.size}")
         if not self.t_min < self.t_max < 1000 or self.timestep >= 1000:
@@ -89,7 +92,7 @@ def make(preset: str = "tiny", seed: int = 0, device: torch.device | str = "cpu"
     folder = model.find(config.model, cache)
     bank = text.embed(folder, prompts, cache, device)
     teacher, sigmas = load_teacher(config, folder, device)
-    side = config.size // 2 ** (len(model.vae_config(folder)["block_out_channels"]) - 1)
+    side = config.size // model.vae_scale(folder)
     step = partial(one_step, sigma=sigmas[config.timestep])
     sample_inputs = partial(draw_inputs, bank=bank, shape=(4, side, side))
     guide = partial(model.guide, scale=config.guidance)
@@ -97,8 +100,9 @@ def make(preset: str = "tiny", seed: int = 0, device: torch.device | str = "cpu"
     shown = sample_inputs(SHOWN)
 
     def draw(out: Path, path: disback.Path | None, compare: Path | None) -> None:
-        generate.export(out, folder, config.rank, base=config.model, timestep=config.timestep,
-                        size=config.size)
+        local = config.model and folder == Path(config.model)  # whoever serves is elsewhere
+        generate.export(out, folder, config.rank, timestep=config.timestep, size=config.size,
+                        base=str(folder.absolute()) if local else config.model)
         figures.draw(out, path, compare, folder, teacher,
                      lambda net: sample(partial(guide, net), *shown, sigmas),
                      [prompts[i] for i in shown[1]["prompt"]])
@@ -106,7 +110,8 @@ def make(preset: str = "tiny", seed: int = 0, device: torch.device | str = "cpu"
     about = {"problem": "sdxl", "preset": preset, "seed": seed}
     about |= {name: getattr(config, name) for name in OF_PATH}
     halved = config.store == "bf16"
-    about |= {"teacher_sha256": disback.sha256(folder / model.WEIGHTS[0]),
+    files = [disback.sha256(folder / name) for name in model.FILES]
+    about |= {"model_sha256": hashlib.sha256("".join(files).encode()).hexdigest(),
               "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
     return disback.Problem(
         config=config, about=about, teacher=teacher, student=copy.deepcopy(teacher),
@@ -136,9 +141,16 @@ def load_teacher(config: Config, folder: Path,
 def dry_run(preset: str = "tiny", **changes: int | float | str) -> str:
     """The table of memory and disk that a run would take; nothing is fetched or allocated."""
     config = replace(PRESETS[preset], **changes)
-    file = Path(config.model, "unet", "config.json")
-    unet = memory.BASE if config.model else dict(tiny.unet().config)
-    return memory.table(disback.load_json(file, "no UNet") if file.exists() else unet, config)
+    file, note = Path(config.model, "unet", "config.json"), ""
+    if not config.model:
+        unet, scale = dict(tiny.unet().config), 2
+    elif file.is_file():
+        unet, scale = disback.load_json(file, "no UNet"), model.vae_scale(Path(config.model))
+    else:
+        unet, scale = memory.BASE, 8
+        if config.model != FULL.model:
+            note = f"note: {config.model} is no folder here; these are SDXL base's numbers\n"
+    return note + memory.table(unet, config, config.size // scale)
 
 
 def one_step(student: nn.Module, z: Tensor, cond: dict[str, Tensor], sigma: Tensor) -> Tensor:

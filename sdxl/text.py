@@ -8,9 +8,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 import disback
-from sdxl.model import quiet
 
 SHIPPED = Path(__file__).with_name("prompts.txt")
 
@@ -35,27 +35,34 @@ def embed(folder: Path, prompts: list[str], cache: Path,
           device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """text [prompts, 77, c] and pooled [prompts, p] on `device`, as diffusers' encode_prompt has
     them; from the cache where these prompts were embedded by these encoders before."""
-    files = sorted(file for part in ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
-                   for file in (folder / part).iterdir() if "fp16" not in file.name)
+    parts = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+    files = sorted(file for part in parts for file in (folder / part).iterdir()
+                   if file.is_file() and "fp16" not in file.name)
     depends_on = repr([prompts, [(str(f.relative_to(folder)), disback.sha256(f)) for f in files]])
     name = hashlib.sha256(depends_on.encode()).hexdigest()[:16]
     file = cache / f"sdxl-text-{name}.safetensors"
     if not file.exists():
         disback.save_tensors(file, encode(folder, prompts, device))
-    return load_file(file, device=str(device))
+    with disback.blame(f"{file} is broken: remove it"):
+        return load_file(file, device=str(device))
 
 
 @torch.no_grad()
 def encode(folder: Path, prompts: list[str], device: torch.device | str) -> dict[str, Tensor]:
     """Both text encoders on all prompts; says how many are longer than they read."""
-    with quiet():
+    with disback.blame(f"text encoders or tokenizers in {folder} are broken: fetch them again"):
         pipe = StableDiffusionXLPipeline.from_pretrained(folder, unet=None, vae=None).to(device)
-        most = pipe.tokenizer.model_max_length
-        long = sum(len(ids) > most for ids in pipe.tokenizer(prompts).input_ids)
-        if long:
-            print(f"note: {long} of {len(prompts)} prompts have over {most} tokens, of which the "
-                  f"first {most} count", file=sys.stderr)
-        parts = [pipe.encode_prompt(prompts[i:i + 16], do_classifier_free_guidance=False)
-                 for i in range(0, len(prompts), 16)]
+    note_long(prompts, pipe.tokenizer)
+    parts = [pipe.encode_prompt(prompts[i:i + 16], do_classifier_free_guidance=False)
+             for i in range(0, len(prompts), 16)]
     return {"text": torch.cat([part[0] for part in parts]).cpu(),
             "pooled": torch.cat([part[2] for part in parts]).cpu()}
+
+
+def note_long(prompts: list[str], tokenizer: CLIPTokenizer) -> None:
+    """Say how many prompts are cut, where any is longer than the encoders read."""
+    most = tokenizer.model_max_length
+    long = sum(len(ids) > most for ids in tokenizer(prompts).input_ids)
+    if long:
+        print(f"note: {long} of {len(prompts)} prompts have over {most} tokens, of which the "
+              f"first {most} count", file=sys.stderr)

@@ -149,7 +149,7 @@ def test_a_path_of_another_teacher_size_or_prompts_is_refused(mine, prompts, tmp
     assert "prompts_sha256" in refused(backtrack.main, ["sdxl", "--out", str(tmp_path / "run")])
     weights = disback.load_file(mine / model.WEIGHTS[0])
     disback.save_tensors(mine / model.WEIGHTS[0], {k: 2 * w for k, w in weights.items()})
-    assert "teacher_sha256" in refused(backtrack.main, [*argv, "--model", str(mine)])
+    assert "model_sha256" in refused(backtrack.main, [*argv, "--model", str(mine)])
     assert sorted((tmp_path / "run").rglob("*")) == held
 
 
