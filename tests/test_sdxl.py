@@ -1,5 +1,6 @@
 """SDXL on a tiny random pipeline: the wrapper, guidance and text against diffusers; both stages."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -21,6 +22,7 @@ import disback
 from sdxl import figures, generate, memory, model, problem, text
 from sdxl import tiny as tiny_pipeline
 
+dry_run = functools.cache(problem.dry_run)
 SMALL = ["--log-every", "50"]
 BACKTRACK = [*SMALL, "--save-every", "50", "--steps", "5", "--interval", "2",
              "--fake-updates", "1"]
@@ -28,12 +30,14 @@ BACKTRACK = [*SMALL, "--save-every", "50", "--steps", "5", "--interval", "2",
 
 @pytest.fixture(scope="module", autouse=True)
 def three_prompts(tmp_path_factory):
-    """Three prompts in place of the 200 that are shipped, for speed."""
+    """Three prompts in place of the 200 that are shipped, and smaller figures, for speed."""
     file = tmp_path_factory.mktemp("prompts") / "three.txt"
     file.write_text("A photo of a dog.\n\nthe thin man in the inn\na café\n", encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "SHIPPED", file)
-        yield file
+        patch.setattr(problem, "SHOWN", 3)
+        patch.setattr(problem, "sample", functools.partial(problem.sample, steps=3))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -241,10 +245,10 @@ def spent(argv, stage):
 @pytest.mark.parametrize("k, bound", [(5, 25), (1, 9)])
 def test_a_cycle_costs_the_bound(recorded, tmp_path, no_figures, k, bound):
     argv = ["sdxl", "--out", str(tmp_path), "--path", str(recorded / "path"), *BACKTRACK,
-            "--fake-updates", str(k)]
-    assert spent(argv, backtrack) == bound * 2 * 5
+            "--fake-updates", str(k), "--steps", "2"]
+    assert spent(argv, backtrack) == bound * 2 * 2
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["network_evals"]["stage2"] == bound * 2 * 5
+    assert metrics["network_evals"]["stage2"] == bound * 2 * 2
 
 
 def test_stage_1_costs_what_it_says(tmp_path):
@@ -278,7 +282,7 @@ def test_the_loops_neither_wait_for_the_device_nor_compute_in_float64(
         recorded, tmp_path, no_figures, monkeypatch, stage):
     """More iterations, with as many lines of the log and as many nodes, make no more waits."""
     watched = []
-    for steps in (2, 4):
+    for steps in (2, 3):
         out = tmp_path / f"{stage.__name__}-{steps}"
         argv = ["sdxl", "--out", str(out), *SMALL, "--steps", str(steps)]
         argv += (["--nodes", "2", "--spacing", "linear"] if stage is degrade else
@@ -381,7 +385,7 @@ def test_a_disk_without_room_for_the_path_is_refused_before_anything_is_written(
         tmp_path, monkeypatch):
     free = 261_684 * 4 + 2 * 3 * 261_684 * 2 - 10_000  # node 0, and 2N differences of 2 bytes
     monkeypatch.setattr(disback.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
-    argv = ["sdxl", "--out", str(tmp_path / "run"), *SMALL, "--steps", "8", "--nodes", "3"]
+    argv = ["sdxl", "--out", str(tmp_path / "run"), *SMALL, "--steps", "3", "--nodes", "3"]
     with pytest.raises(disback.Refusal, match="GB free"):
         degrade.main(argv)
     assert not (tmp_path / "run").exists()
@@ -414,7 +418,7 @@ def test_the_readmes_table_is_what_a_dry_run_prints():
     """The README's sums for batch 1 and 4 of `full` and `lora`, to a tenth of a GB."""
     readme = (ROOT / "sdxl" / "README.md").read_text()
     for preset, row in (("full", r"\*\*in all"), ("lora", "`lora`, rank")):
-        shown = problem.dry_run(preset)
+        shown = dry_run(preset)
         sums = re.findall(r"batch [14]: in all, about +([\d.]+) +([\d.]+)", shown)
         for stage, cell in enumerate(re.search(row + r".*?\|(.*)\|(.*)\|", readme).groups()):
             told = [float(number) for number in cell.split("/")]
@@ -532,7 +536,7 @@ def test_evaluating_changes_no_random_number_and_tells_the_students_spread(tiny)
 def test_the_full_unet_has_the_parameters_of_sdxl_and_its_table_adds_up():
     unet = memory.on_meta(memory.BASE)
     assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684
-    shown = problem.dry_run("full")
+    shown = dry_run("full")
     rows = {line[:46].strip(): line[46:].split() for line in shown.splitlines()}
     assert rows["AdamW: two moments of what is trained"] == ["20.54", "41.08"]
     assert rows["the path"] == ["51.35", "92.43"]  # 8 nodes of 5.13 and the teacher's 10.27

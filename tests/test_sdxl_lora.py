@@ -1,6 +1,7 @@
 """SDXL with LoRA adapters: one base, four sets of adapters; skipped where peft is not installed."""
 
 import copy
+import functools
 import sys
 
 import pytest
@@ -20,6 +21,8 @@ SMALL = ["sdxl", "--rank", "4", "--log-every", "50", "--fake-updates", "1"]
 def two_prompts(tmp_path, monkeypatch):
     (tmp_path / "two.txt").write_text("a dog\na cat\n")
     monkeypatch.setattr(problem.text, "SHIPPED", tmp_path / "two.txt")
+    monkeypatch.setattr(problem, "SHOWN", 3)
+    monkeypatch.setattr(problem, "sample", functools.partial(problem.sample, steps=2))
 
 
 def trained(net):
@@ -80,6 +83,7 @@ def test_both_stages_run_resume_and_serve_the_sum_of_base_and_adapters(tmp_path,
     argv = [*SMALL, "--out", str(out), "--interval", "2", "--save-every", "2"]
     backtrack.main([*argv, "--steps", "4"])
     first = load_file(out / "student.safetensors")
+    monkeypatch.setattr(problem.figures, "draw", lambda *args: None)
     backtrack.main([*argv, "--steps", "4", "--resume"])
     assert all(torch.equal(first[k], v) for k, v in load_file(out / "student.safetensors").items())
     made = problem.make("tiny", rank=4)
