@@ -365,6 +365,7 @@ def test_a_node_is_half_the_teachers_size_and_its_difference_survives(tmp_path):
     assert torch.equal(loaded.weight, teacher.weight)
     whole, difference = (file.stat().st_size for file in path.files)
     assert difference < 0.53 * whole
+    assert {weight.dtype for weight in load_file(path.files[1]).values()} == {torch.bfloat16}
 
 
 def test_after_a_switch_the_targets_weights_are_the_nodes(recorded, tiny):
@@ -414,6 +415,26 @@ def test_the_student_is_saved_in_two_forms_that_load_to_the_same_bits(run, base)
     assert scheduler["_class_name"] == "LCMScheduler" and scheduler["beta_end"] == 0.012
 
 
+def test_the_student_of_any_size_is_saved_as_one_file(run, base, tmp_path, monkeypatch):
+    """Of 10.27 GB at full size, where diffusers would begin a second file at 10."""
+    said, save = {}, UNet2DConditionModel.save_pretrained
+    monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", lambda net, folder, **keywords: (
+        said.update(keywords), save(net, folder, **keywords)))
+    (tmp_path / "student.safetensors").symlink_to(run / "student.safetensors")
+    generate.export(tmp_path, base, 0, base="")
+    assert float(said["max_shard_size"].removesuffix("GB")) > 4e-9 * 2_567_463_684
+
+
+def test_a_student_of_a_local_model_names_it_by_its_absolute_path(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(base.parent)
+    monkeypatch.setattr(figures, "draw", lambda *args: None)
+    made = problem.make("tiny", model=base.name)
+    disback.save_tensors(tmp_path / "student.safetensors", made.student.state_dict())
+    made.draw(tmp_path, None, None)
+    about = json.loads((tmp_path / "student" / "disback.json").read_text())
+    assert about["base"] == str(base)
+
+
 def test_the_readmes_table_is_what_a_dry_run_prints():
     """The README's sums for batch 1 and 4 of `full` and `lora`, to a tenth of a GB."""
     readme = (ROOT / "sdxl" / "README.md").read_text()
@@ -459,8 +480,14 @@ def test_generate_makes_a_picture_of_each_prompt_and_seed_that_no_other_changes(
     assert np.array_equal(sheet, np.concatenate(rows))
 
 
+def test_a_seed_given_twice_makes_one_picture_and_long_prompts_are_told(run, tmp_path, capsys):
+    generate.main(["q " * 80, "--student", str(run), "--seeds", "1", "1", "--out", str(tmp_path)])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["00-1.png", "grid.png"]
+    assert "1 of 1 prompts have over 77 tokens" in capsys.readouterr().err
+
+
 def test_a_student_that_is_the_teacher_generates_what_the_teacher_would(base, tmp_path):
-    """A file of plain weights serves as well, as the published ones are."""
+    """A file of plain weights serves as well, as the published ones are; at the base's size."""
     file = tmp_path / "weights.bin"
     torch.save(UNet2DConditionModel.from_pretrained(base / "unet").half().state_dict(), file)
     pipe, about = generate.load(str(file), str(base))
@@ -540,6 +567,7 @@ def test_the_full_unet_has_the_parameters_of_sdxl_and_its_table_adds_up():
     rows = {line[:46].strip(): line[46:].split() for line in shown.splitlines()}
     assert rows["AdamW: two moments of what is trained"] == ["20.54", "41.08"]
     assert rows["the path"] == ["51.35", "92.43"]  # 8 nodes of 5.13 and the teacher's 10.27
+    assert rows["a checkpoint"] == ["71.89", "143.78"]  # 3 networks, 4 moments; and its successor
     parts = [name for name in rows if name.startswith(("weights", "moving", "Adam", "grad", "cop"))]
     for batch in (1, 4):
         about = float(rows[f"batch {batch}: activations, about"][1])
@@ -547,9 +575,21 @@ def test_the_full_unet_has_the_parameters_of_sdxl_and_its_table_adds_up():
         assert float(rows[f"batch {batch}: in all, about"][1]) == pytest.approx(total, abs=0.04)
 
 
+def test_a_checkpoint_takes_seven_times_the_weights(run):
+    assert (run / "state.pt").stat().st_size == pytest.approx(7 * 4 * 261_684, rel=0.1)
+
+
 def test_the_estimate_of_activations_is_near_what_a_real_forward_keeps(tiny):
-    z, cond = tiny.sample_inputs(1)
-    own, kept = {p.data_ptr() for p in tiny.teacher.parameters()}, {}
+    unet = memory.on_meta(dict(tiny_pipeline.unet().config))
+    stored, checkpointed = memory.activations(unet, 16, bf16=False)
+    assert stored == pytest.approx(kept_by_a_forward(tiny), rel=0.2)
+    assert checkpointed < stored / 1.5
+
+
+def kept_by_a_forward(made):
+    """GB that autograd keeps of a sample's forward, weights left out."""
+    z, cond = made.sample_inputs(1)
+    own, kept = {p.data_ptr() for p in made.teacher.parameters()}, {}
 
     def pack(x):
         if x.untyped_storage().data_ptr() not in own:
@@ -557,11 +597,13 @@ def test_the_estimate_of_activations_is_near_what_a_real_forward_keeps(tiny):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        tiny.teacher(z, tiny.sample_sigma(1), cond)
-    real = sum(size for size, _ in kept.values()) / 1e9
-    unet = memory.on_meta(dict(tiny_pipeline.unet().config))
-    stored, checkpointed = memory.activations(unet, 16, bf16=False)
-    assert stored == pytest.approx(real, rel=0.2) and checkpointed < stored / 1.5
+        made.teacher(z, made.sample_sigma(1), cond)
+    return sum(size for size, _ in kept.values()) / 1e9
+
+
+def test_checkpointing_keeps_less(tiny):
+    assert kept_by_a_forward(problem.make("tiny", checkpointing="yes")) < kept_by_a_forward(
+        tiny) / 1.5
 
 
 def test_checkpointing_changes_no_gradient_and_bf16_little(tiny):

@@ -51,6 +51,31 @@ def test_adapters_start_as_nothing_and_are_all_that_is_trained_and_saved():
         torch.testing.assert_close(exact(z, sigma, cond), whole.teacher(z, sigma, cond))
 
 
+def test_adapters_start_alike_whatever_the_seed_and_leave_the_random_state_alone():
+    pytest.importorskip("peft")
+    made = [tiny.unet(), tiny.unet()]
+    for seed, unet in enumerate(made):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        model.adapt(unet, 4)
+        assert torch.equal(torch.get_rng_state(), before)
+    pairs = list(zip(trained(made[0]), trained(made[1])))
+    assert pairs and all(torch.equal(one, other) for one, other in pairs)
+    assert any(one.abs().max() > 0 for one, _ in pairs)
+
+
+def test_what_adapters_add_is_their_product():
+    """Their scale, alpha / rank, is 1: what the learning rate of `lora` was chosen for."""
+    pytest.importorskip("peft")
+    unet = model.adapt(tiny.unet(), 4)
+    layer = unet.get_submodule(NAME.removesuffix(".weight"))
+    a, b, w = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.weight
+    x = torch.randn(3, w.shape[1])
+    with torch.no_grad():
+        b.normal_()
+        torch.testing.assert_close(layer(x), x @ (w + b @ a).T)
+
+
 def test_copies_share_the_base_and_a_switch_moves_the_target_only(tmp_path):
     pytest.importorskip("peft")
     made = problem.make("tiny", rank=4)

@@ -1,11 +1,15 @@
 """What a mistake with SDXL's files, prompts and sizes gets: one line, nothing written or lost."""
 
 import json
+import logging
 import shutil
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
 
 import backtrack
 import degrade
@@ -52,7 +56,8 @@ def edit(file, **changes):
     ({"size": 36}, "size must be divisible by 8"), ({"timestep": 1000}, "timestep"),
     ({"t_min": 500, "t_max": 400}, "t_min"), ({"t_max": 1000}, "t_max"),
     ({"guidance": -1.0}, "guidance"), ({"precision": "fp16"}, "precision"),
-    ({"store": "fp16"}, "store"), ({"clip": 0.0}, "clip")])
+    ({"store": "fp16"}, "store"), ({"clip": 0.0}, "clip"),
+    ({"switch": "adaptive"}, "networks that are not guided")])
 def test_values_that_make_no_sense_are_refused_by_name(changes, cause):
     assert cause in refused(problem.make, "tiny", **changes)
 
@@ -63,6 +68,7 @@ def test_without_network_or_local_model_the_files_and_the_flag_are_named(offline
     line = refused(problem.make, preset, **changes)
     assert "--model" in line and "unet/diffusion_pytorch_model.safetensors" in line
     assert "text_encoder_2/model.safetensors" in line and "tokenizer_2/" in line
+    assert "Error: " in line  # and what the hub's client said
 
 
 def test_a_run_without_a_model_writes_nothing(offline, tmp_path):
@@ -87,6 +93,54 @@ def test_a_model_that_is_not_sdxl_is_refused(mine):
     assert "not SDXL" in refused(problem.make, "tiny", model=str(mine))
 
 
+def test_a_tokenizer_is_one_file_or_two_and_is_missed_before_anything_is_computed(mine):
+    for name in ("tokenizer", "tokenizer_2"):
+        (mine / name / "tokenizer.json").unlink()
+        (mine / name / "vocab.json").touch()
+    line = refused(model.find, str(mine), mine)
+    assert "lacks tokenizer/merges.txt, tokenizer_2/merges.txt: --model" in line
+    for name in ("tokenizer", "tokenizer_2"):
+        (mine / name / "merges.txt").touch()
+    assert model.find(str(mine), mine) == mine
+
+
+@pytest.mark.parametrize("name", model.WEIGHTS)
+def test_weights_that_were_cut_off_are_found_before_anything_is_computed(mine, name):
+    (mine / name).write_bytes((mine / name).read_bytes()[:-100])
+    line = refused(model.find, str(mine), mine)
+    assert f"{mine / name} is broken: fetch it again" in line
+
+
+def test_a_vae_of_no_size_is_found_before_anything_is_computed(mine):
+    (mine / "vae" / "config.json").write_text("{}")
+    assert "vae/config.json is no VAE's" in refused(model.find, str(mine), mine)
+
+
+@pytest.mark.parametrize("name", ["text_encoder/config.json", "tokenizer/tokenizer.json"])
+def test_broken_text_encoders_and_tokenizers_are_refused_with_the_remedy(mine, tmp_path, name):
+    (mine / name).write_text("{")
+    assert "fetch them again" in refused(text.embed, mine, ["a dog"], tmp_path)
+
+
+@pytest.mark.parametrize("changes, cause", [
+    ({"rescale_betas_zero_snr": True}, "to inf"), ({"num_train_timesteps": 500}, "500 sigmas"),
+    ({"beta_start": 0.0}, "from 0.0"), ({"beta_schedule": "exotic"}, "exotic"),
+    ({"_class_name": "EDMEulerScheduler"}, "EDM"), ({"beta_start": None}, "noise schedule")])
+def test_another_kind_of_noise_schedule_is_refused(mine, changes, cause):
+    edit(mine / "scheduler" / "scheduler_config.json", **changes)
+    line = refused(model.load_sigmas, mine)
+    assert cause in line and "scheduler_config.json has another noise schedule" in line
+
+
+@pytest.mark.parametrize("name", ["beta_start", "beta_end", "beta_schedule"])
+def test_no_part_of_the_noise_schedule_is_left_to_defaults(mine, name):
+    file = mine / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    del config[name]
+    file.write_text(json.dumps(config))
+    assert f"without ['{name}']" in refused(problem.make, "tiny", model=str(mine))
+
+
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
 def test_a_scheduler_that_does_not_predict_epsilon_is_refused(mine, kind):
     edit(mine / "scheduler" / "scheduler_config.json", prediction_type=kind)
@@ -100,6 +154,8 @@ def test_weights_that_are_not_the_unets_are_refused_naming_the_file(mine):
         file.write_bytes(spoilt)
         assert str(file) in refused(problem.make, "tiny", model=str(mine))
     shutil.copy(mine / "vae" / "diffusion_pytorch_model.safetensors", file)
+    assert "does not hold this UNet" in refused(problem.make, "tiny", model=str(mine))
+    edit(mine / "unet" / "config.json", down_block_types=["Unknown"])
     assert "does not hold this UNet" in refused(problem.make, "tiny", model=str(mine))
 
 
@@ -136,6 +192,40 @@ def test_the_cache_of_embeddings_knows_prompts_and_encoders(base, mine, tmp_path
     assert len(calls) == 3
 
 
+def test_a_cache_that_was_cut_off_is_to_be_removed_and_a_folder_beside_the_encoders_is_not_read(
+        base, mine, tmp_path):
+    (mine / "tokenizer" / "folder").mkdir()
+    text.embed(mine, ["a dog"], tmp_path)
+    (file,) = tmp_path.glob("sdxl-text-*")
+    file.write_bytes(file.read_bytes()[:-100])
+    assert f"{file} is broken: remove it" in refused(text.embed, base, ["a dog"], tmp_path)
+
+
+def test_every_prompt_is_embedded_whatever_their_number(base, tmp_path):
+    prompts = [f"{'q ' * i}dog" for i in range(18)]  # of which 16 are encoded at a time
+    bank = text.embed(base, prompts, tmp_path)
+    assert len(bank["text"]) == len(bank["pooled"]) == 18
+    for i in (16, 17):
+        alone = text.embed(base, [prompts[i]], tmp_path)
+        for name in ("text", "pooled"):
+            torch.testing.assert_close(bank[name][i:i + 1], alone[name])
+
+
+def test_the_hub_is_asked_for_what_is_read_and_no_more(base, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(model, "snapshot_download", lambda name, allow_patterns: (
+        asked.append((name, allow_patterns)), base)[1])
+    assert model.find("some/model", tmp_path) == base
+    ((name, patterns),) = asked
+    hub = ["sd_xl_base_1.0.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
+           "unet/model.onnx", "vae/diffusion_flax_model.msgpack", "vae_1_0/config.json",
+           "text_encoder/model.fp16.safetensors", "text_encoder_2/model.onnx_data"]
+    needed = [str(file.relative_to(base)) for file in base.rglob("*") if file.is_file()]
+    needed += ["tokenizer/vocab.json", "tokenizer_2/merges.txt"]
+    kept = huggingface_hub.utils.filter_repo_objects(hub + needed, allow_patterns=patterns)
+    assert name == "some/model" and sorted(kept) == sorted(needed)
+
+
 def test_the_shipped_prompts_are_200_different_ones_of_ascii():
     lines = text.read_prompts(text.SHIPPED)
     assert len(set(lines)) == 200 and all(line.isascii() for line in lines)
@@ -163,10 +253,57 @@ def test_what_generate_cannot_use_is_refused(offline, base, tmp_path):
         assert "w.bin" in refused(generate.load, str(tmp_path / "w.bin"), str(base))
     torch.save({"unet": torch.zeros(3)}, tmp_path / "w.bin")
     assert "w.bin" in refused(generate.load, str(tmp_path / "w.bin"), str(base))
+    line = refused(generate.load, str(base / model.WEIGHTS[0]), "no/such/place")
+    assert "--base" in line and "--model" not in line
+    (tmp_path / "file").touch()
+    assert "--out takes a folder" in refused(
+        generate.main, ["a dog", "--student", "none", "--out", str(tmp_path / "file")])
     for flags in (["--batch", "0"], ["--seeds", "-1"], ["--steps", "2"], ["--sceds", "1"], []):
         argv = [*(["a dog"] if flags else []), *flags]
         assert refused(generate.main, [*argv, "--out", str(tmp_path / "images")])
     assert not (tmp_path / "images").exists()
+
+
+def test_a_nodes_difference_is_not_taken_for_weights(base, tmp_path):
+    teacher = problem.make("tiny", prompts=str(base / "model_index.json")).teacher
+    disback.save_tensors(tmp_path / "01.safetensors", model.difference(teacher, teacher))
+    line = refused(generate.load, str(tmp_path / "01.safetensors"), str(base))
+    assert "does not hold this UNet" in line
+
+
+def test_a_node_with_a_tensor_too_many_is_refused(tmp_path):
+    net = torch.nn.Linear(2, 2)
+    disback.save_tensors(tmp_path / "00.safetensors", net.state_dict())
+    for file, more in (("01", {}), ("02", {"minus_teacher.more": torch.zeros(1)})):
+        disback.save_tensors(tmp_path / f"{file}.safetensors", model.difference(net, net) | more)
+    model.add_difference(tmp_path / "01.safetensors", net)
+    assert "more" in refused(model.add_difference, tmp_path / "02.safetensors", net)
+
+
+def test_a_disk_that_is_full_at_the_end_is_told_and_keeps_what_was_there(
+        base, tmp_path, monkeypatch):
+    shutil.copy(base / model.WEIGHTS[0], tmp_path / "student.safetensors")
+    disback.save_json(tmp_path / "student" / "disback.json", {"kept": True})
+    save = UNet2DConditionModel.save_pretrained
+
+    def full(*args, **keywords):
+        save(*args, **keywords)
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", full)
+    assert "make room" in refused(generate.export, tmp_path, base, 0, base="")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["student", "student.safetensors"]
+    assert disback.load_json(tmp_path / "student" / "disback.json", "") == {"kept": True}
+
+
+def test_the_student_of_a_run_that_is_replaced_is_removed(tmp_path):
+    (tmp_path / "student" / "unet").mkdir(parents=True)
+    made = SimpleNamespace(config=problem.TINY, disk=0)
+    args = SimpleNamespace(out=tmp_path, problem="sdxl", preset="tiny", seed=0, overwrite=False)
+    assert "student exists" in refused(disback.claim, args, made, "backtrack", {})
+    args.overwrite = True
+    disback.claim(args, made, "backtrack", {})
+    assert not (tmp_path / "student").exists()
 
 
 def test_code_in_a_file_of_weights_is_not_run(base, tmp_path):
@@ -185,3 +322,20 @@ def test_help_names_the_fields_and_a_dry_run_writes_nothing(capsys, tmp_path):
             degrade.main(["sdxl", "--out", str(tmp_path / "run"), *flags])
         assert not ended.value.code and words in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_whose_numbers_it_prints_and_heeds_the_size_of_any_model(
+        mine, monkeypatch):
+    tiny = problem.dry_run("tiny", model=str(mine))
+    assert tiny == problem.dry_run("tiny") != problem.dry_run("tiny", model=str(mine), size=64)
+    assert "261,684 parameters" in tiny and "note" not in tiny
+    monkeypatch.setattr(problem.memory, "BASE", json.loads((mine / "unet/config.json").read_text()))
+    assert "no/such/place is no folder here; these are SDXL base's" in problem.dry_run(
+        "full", model="no/such/place", nodes=3)
+
+
+@pytest.mark.parametrize("name", ["transformers.utils.import_utils", "diffusers.schedulers",
+                                  "huggingface_hub.utils._http"])
+def test_the_libraries_warnings_are_off_from_the_import_on(name):
+    """One of transformers comes as pipelines are imported, one of the hub's at every retry."""
+    assert not logging.getLogger(name).isEnabledFor(logging.WARNING)
