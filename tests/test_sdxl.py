@@ -299,14 +299,15 @@ def test_the_loops_neither_wait_for_the_device_nor_compute_in_float64(
 
 def test_a_run_that_is_cut_off_resumes_to_the_same_bits(
         recorded, tmp_path, no_figures, monkeypatch):
-    argv = ["sdxl", "--path", str(recorded / "path"), *BACKTRACK, "--save-every", "3"]
+    argv = ["sdxl", "--path", str(recorded / "path"), *BACKTRACK, "--save-every", "3",
+            "--steps", "4"]
     backtrack.main([*argv, "--out", str(tmp_path / "whole")])
-    update, calls = disback.update, 0  # 2 an iteration: cut off in the fifth, saved at the third
+    update, calls = disback.update, 0  # 2 an iteration: cut off in the fourth, saved at the third
 
     def cut(*args):
         nonlocal calls
         calls += 1
-        if calls > 4 * 2:
+        if calls > 3 * 2:
             raise KeyboardInterrupt
         update(*args)
 
@@ -560,11 +561,25 @@ def test_evaluating_changes_no_random_number_and_tells_the_students_spread(tiny)
 # -------------------------------------------------------------------------- size and precision
 
 
-def test_the_full_unet_has_the_parameters_of_sdxl_and_its_table_adds_up():
+def test_the_full_unet_has_the_parameters_and_the_attention_of_sdxl():
     unet = memory.on_meta(memory.BASE)
+    attention = [name for name, _ in unet.named_modules() if name.endswith(model.ADAPTED)]
+    assert len(attention) == 2 * 70 * 4  # self and cross attention of 70 blocks, four maps each
     assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684
-    shown = dry_run("full")
-    rows = {line[:46].strip(): line[46:].split() for line in shown.splitlines()}
+
+
+def rows_of(table):
+    return {line[:46].strip(): line[46:].split() for line in table.splitlines()}
+
+
+def test_a_dry_run_of_lora_fits_a_small_card():
+    rows = rows_of(dry_run("lora"))
+    assert rows["frozen weights"] == ["5.13", "5.13"]
+    assert float(rows["batch 1: in all, about"][1]) < 12
+
+
+def test_the_table_of_the_full_size_adds_up():
+    rows = rows_of(dry_run("full"))
     assert rows["AdamW: two moments of what is trained"] == ["20.54", "41.08"]
     assert rows["the path"] == ["51.35", "92.43"]  # 8 nodes of 5.13 and the teacher's 10.27
     assert rows["a checkpoint"] == ["71.89", "143.78"]  # 3 networks, 4 moments; and its successor
