@@ -484,6 +484,7 @@ def test_generate_makes_a_picture_of_each_prompt_and_seed_that_no_other_changes(
 def test_a_seed_given_twice_makes_one_picture_and_long_prompts_are_told(run, tmp_path, capsys):
     generate.main(["q " * 80, "--student", str(run), "--seeds", "1", "1", "--out", str(tmp_path)])
     assert sorted(file.name for file in tmp_path.iterdir()) == ["00-1.png", "grid.png"]
+    assert Image.open(tmp_path / "grid.png").size == (32, 32)
     assert "1 of 1 prompts have over 77 tokens" in capsys.readouterr().err
 
 
