@@ -36,17 +36,19 @@ import degrade
 import disback
 from toy2d import figures, mixture, problem
 
+FOLDER = Path(__file__).parent / "study"
 STARTS = {"copy": {"start": "teacher"}, **{str(d): {"distance": d} for d in (8, 16, 28)}}
 WEIGHTINGS = ("eps", "x0", "dmd")
-# Flags of both stages. The map's cells first; then other data, and teachers that know less: of
-# noise up to 2 only, so that the student's start is nowhere in their training; or hardly trained.
+# Flags of both stages. "poor": a teacher of 300 training steps, whose answers far off mislead.
 CELLS = {f"ring-{start}-{w}": {"data": "ring", **flags, "weighting": w}
          for start, flags in STARTS.items() for w in WEIGHTINGS}
+CELLS |= {f"poor-8-{w}": {**CELLS[f"ring-8-{w}"], "teacher_steps": 300} for w in WEIGHTINGS}
 CELLS |= {f"{data}-28-eps": {"data": data, "distance": 28, "weighting": "eps"}
           for data in ("grid", "uneven")}
-CELLS |= {"blind-8-eps": {**CELLS["ring-8-eps"], "sigma_max": 2},
-          "poor-8-eps": {**CELLS["ring-8-eps"], "teacher_steps": 300}}
+# "blind": a teacher of noise up to 2 only: no point near the student's start was in its training.
+CELLS["blind-8-eps"] = {**CELLS["ring-8-eps"], "sigma_max": 2}
 
+STAGE1 = {"steps": 100}  # half the default: it is paid from a budget that is short here
 VSD = {"target": "teacher"}
 ARMS = {  # flags of stage 2, those of nodes for both stages; "control" changes the path between
     "vsd_tuned": VSD,
@@ -65,6 +67,7 @@ ARMS |= {f"n{n}_i{i}": {"nodes": n, "interval": i} for n in (3, 10, 30) for i in
          if n * i < 400 and (n, i) != (10, 10)}  # (10, 10) is DisBack's; 30 x 33 does not end
 MAP_ARMS = ("vsd_tuned", "disback")
 CONSTANT_WALK = ("n1_i10", "n3_i33", "n30_i3")  # together about as many iterations at nodes
+HALVES = ("ring-8-eps", "ring-28-eps", "poor-8-eps")  # cells where the mismatch is measured
 ABLATION = (*list(ARMS)[2:10], *CONSTANT_WALK)
 
 
@@ -81,11 +84,11 @@ class Grid:
 
 
 FULL = Grid({name: MAP_ARMS for name in CELLS} | {
-    "ring-8-eps": (*MAP_ARMS, *ABLATION), "ring-28-eps": tuple(ARMS)}, 600,
-    ((1.5e-3, 1.5e-3), (3e-3, 3e-3), (6e-3, 6e-3), (1.2e-2, 1.2e-2), (3e-3, 6e-3)),
+    "ring-8-eps": (*MAP_ARMS, *ABLATION[:7]), "poor-8-eps": tuple(ARMS)}, 600,
+    ((3e-3, 3e-3), (6e-3, 6e-3), (1.2e-2, 1.2e-2), (2.4e-2, 2.4e-2), (6e-3, 1.2e-2)),
     tuple(range(100, 105)), tuple(range(10)))
-QUICK = Grid({"ring-copy-eps": MAP_ARMS, "ring-8-eps": MAP_ARMS, "blind-8-eps": MAP_ARMS,
-              "ring-28-eps": (*MAP_ARMS, "vsd", "degraded_fake", "adaptive", "forward", "n3_i33")},
+QUICK = Grid({"ring-copy-eps": MAP_ARMS, "ring-8-eps": MAP_ARMS, "ring-28-eps": MAP_ARMS,
+              "poor-8-eps": (*MAP_ARMS, "vsd", "degraded_fake", "adaptive", "forward", "n3_i33")},
              400, FULL.rates[1:4], (100, 101), (0, 1, 2))
 
 
@@ -131,20 +134,20 @@ def execute(grid: Grid, run: tuple) -> dict:
     began, flags, own = time.perf_counter(), {"seed": seed, **CELLS[cell]}, dict(ARMS[arm])
     control, judged = own.pop("control", None), seed in grid.seeds
     flags |= dict(grid.flags) | {k: own.pop(k) for k in ("nodes", "spacing") if k in own}
-    flags["preset"], batch = flags.pop("data"), flags.get("batch", problem.PRESETS["ring"].batch)
+    flags["preset"], batch = flags.pop("data"), batch_of(grid, cell)
     line = {"cell": cell, "arm": arm, "seed": seed, "rates": rates,
             "settings": settings(grid, cell, arm),
             "versions": f"python {sys.version.split()[0]}, torch {torch.__version__}"}
-    measure = judged and arm in ("vsd_tuned", "disback")
+    measure = judged and cell in HALVES and arm in MAP_ARMS
     with tempfile.TemporaryDirectory() as folder, quiet(), spy(measure) as found:
         out, stage1 = Path(folder), 0
         if ARMS[arm] != VSD:
-            degrade.main(["toy2d", "--out", folder, *words(flags)])
+            degrade.main(["toy2d", "--out", folder, *words(flags | STAGE1)])
             stage1 = disback.load_json(out / "path" / "path.json", "")["network_evals"]
             if control:
                 rewrite(out / "path", control)
         steps = grid.budget - math.ceil(stage1 / (8 * batch))
-        every = max(steps // (16 if judged else 2), 1)  # a tuning run's curve is not needed
+        every = max(steps // 16, 1) if judged else steps  # of a tuning run, only the end
         own |= {"steps": steps, "log_every": every, "save_every": 2 * every}
         own |= {"lr_student": rates[0], "lr_fake": rates[1]}
         try:
@@ -181,7 +184,8 @@ def final(metrics: dict) -> dict[str, float]:
 
 def settings(grid: Grid, cell: str, arm: str) -> str:
     """All flags but seed, rates and the steps, and a hash of the values of those not given."""
-    flags = CELLS[cell] | dict(grid.flags) | ARMS[arm] | {"budget": grid.budget}
+    flags = CELLS[cell] | dict(grid.flags) | ARMS[arm]
+    flags |= {"stage1": STAGE1["steps"], "budget": grid.budget}
     defaults = hashlib.sha256(repr(problem.PRESETS).encode()).hexdigest()[:8]
     return " ".join([f"defaults={defaults}", *(f"{name}={flags[name]}" for name in flags)])
 
@@ -270,6 +274,11 @@ def key(line: dict) -> tuple:
     return line["cell"], line["arm"], line["seed"], tuple(line["rates"])
 
 
+def batch_of(grid: Grid, cell: str) -> int:
+    """Samples in a batch."""
+    return dict(CELLS[cell], **dict(grid.flags)).get("batch", problem.PRESETS["ring"].batch)
+
+
 def read(file: Path, skip_corrupt: bool = False) -> dict[tuple, dict]:
     """The lines by run. Refuses a corrupt line by its number, or tells that it skips it."""
     lines = {}
@@ -283,7 +292,8 @@ def read(file: Path, skip_corrupt: bool = False) -> dict[tuple, dict]:
         except (ValueError, KeyError, TypeError, AssertionError) as error:
             what = f"{file}, line {number}, is corrupt ({type(error).__name__}: {error})"
             if not skip_corrupt:
-                raise disback.Refusal(f"{what}: mend it, or repeat its run by --skip-corrupt")
+                raise disback.Refusal(f"{what}: mend it, or repeat its run by --skip-corrupt"
+                                      ) from error
             print(f"skipped: {what}", file=sys.stderr)
             continue
         if found in lines:
@@ -397,15 +407,14 @@ def main(argv: list[str]) -> None:
         disback.refuse(f"--jobs must be at least 1, not {args.jobs}")
     whole = QUICK if args.quick else FULL
     grid = select(whole, args.cells, args.arms)
-    out = args.out or Path("runs/study") if args.quick else args.out or Path(__file__).parent / "study"
-    file = out / "lines.jsonl"
+    file = (args.out or (Path("runs/study") if args.quick else FOLDER)) / "lines.jsonl"
     if args.figures_only and not file.exists():
         raise disback.Refusal(f"{file} does not exist: run the study first")
     if not args.figures_only:
         study(grid, file, args.jobs, args.skip_corrupt)
     from toy2d import study_figures
 
-    study_figures.draw(out, whole, read(file, args.skip_corrupt))
+    study_figures.draw(file.parent, whole, read(file, args.skip_corrupt))
 
 
 if __name__ == "__main__":
