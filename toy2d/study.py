@@ -350,7 +350,14 @@ def study(grid: Grid, file: Path, jobs: int, skip_corrupt: bool = False) -> dict
         for cell in grid.arms:  # trains each teacher, once
             flags = CELLS[cell] | dict(grid.flags)
             problem.make(flags["data"], **{k: v for k, v in flags.items() if k != "data"})
-        announce(grid, lines, jobs)
+        todo = [run for run in runs(grid, lines) if run not in lines]
+        if todo and not lines:  # one, to know how long it takes
+            first = todo.pop(0)
+            lines[first] = execute(grid, first)
+            append(lines[first])
+        seconds = statistics.mean(line["seconds"] for line in lines.values()) if lines else 0
+        print(f"{len(todo)} runs of about {seconds:.1f} s to do, {len(lines)} done: "
+              f"{len(todo) * seconds / jobs / 60:.0f} minutes on {jobs} processes", flush=True)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, context, die_with_parent) as pool:
             while todo := [run for run in runs(grid, lines) if run[3] and run not in lines]:
@@ -363,19 +370,6 @@ def study(grid: Grid, file: Path, jobs: int, skip_corrupt: bool = False) -> dict
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
     return lines
-
-
-def announce(grid: Grid, lines: dict[tuple, dict], jobs: int) -> None:
-    """Print how long it will take: by the lines that are there, or by a tenth of a run."""
-    todo = [run for run in runs(grid, lines) if run not in lines]
-    seconds = [line["seconds"] for line in lines.values()]
-    if todo and not seconds:
-        short = Grid({}, grid.budget // 10, grid.rates, (), (), grid.flags)
-        run = (*todo[0][:3], grid.rates[0])
-        seconds = [10 * execute(short, run)["seconds"]]
-    total = len(todo) * statistics.mean(seconds or [0])
-    print(f"{len(todo)} runs of {statistics.mean(seconds or [0]):.1f} s to do, {len(lines)} done; "
-          f"about {total / jobs / 60:.0f} minutes on {jobs} processes")
 
 
 def select(grid: Grid, cells: list[str] | None, arms: list[str] | None) -> Grid:
