@@ -50,7 +50,8 @@ CELLS["blind-8-eps"] = {**CELLS["ring-8-eps"], "sigma_max": 2}
 
 STAGE1 = {"steps": 100}  # half the default: it is paid from a budget that is short here
 VSD = {"target": "teacher"}
-ARMS = {  # flags of stage 2, those of nodes for both stages; "control" changes the path between
+OF_BOTH = ("nodes", "spacing")  # flags of stage 1, too
+ARMS = {  # flags of stage 2; "control" rewrites the path between
     "vsd_tuned": VSD,
     "disback": {},
     "vsd": VSD,  # the only arm that is not tuned: the stage's own rates
@@ -131,37 +132,50 @@ def final_swd(line: dict) -> float:
 def execute(grid: Grid, run: tuple) -> dict:
     """Both stages of a run in a folder that does not stay; its line."""
     cell, arm, seed, rates = run
-    began, flags, own = time.perf_counter(), {"seed": seed, **CELLS[cell]}, dict(ARMS[arm])
-    control, judged = own.pop("control", None), seed in grid.seeds
-    flags |= dict(grid.flags) | {k: own.pop(k) for k in ("nodes", "spacing") if k in own}
-    flags["preset"], batch = flags.pop("data"), batch_of(grid, cell)
+    began, batch, judged = time.perf_counter(), batch_of(grid, cell), seed in grid.seeds
+    flags = {"seed": seed, **CELLS[cell], **dict(grid.flags)}
+    own = {name: value for name, value in ARMS[arm].items() if name not in ("control", *OF_BOTH)}
+    flags |= {name: ARMS[arm][name] for name in OF_BOTH if name in ARMS[arm]}
+    flags["preset"] = flags.pop("data")
     line = {"cell": cell, "arm": arm, "seed": seed, "rates": rates,
             "settings": settings(grid, cell, arm),
             "versions": f"python {sys.version.split()[0]}, torch {torch.__version__}"}
     measure = judged and cell in HALVES and arm in MAP_ARMS
     with tempfile.TemporaryDirectory() as folder, quiet(), spy(measure) as found:
-        out, stage1 = Path(folder), 0
-        if ARMS[arm] != VSD:
-            degrade.main(["toy2d", "--out", folder, *words(flags | STAGE1)])
-            stage1 = disback.load_json(out / "path" / "path.json", "")["network_evals"]
-            if control:
-                rewrite(out / "path", control)
+        stage1 = record(Path(folder), flags, arm) if ARMS[arm] != VSD else 0
         steps = grid.budget - math.ceil(stage1 / (8 * batch))
         every = max(steps // 16, 1) if judged else steps  # of a tuning run, only the end
-        own |= {"steps": steps, "log_every": every, "save_every": 2 * every}
-        own |= {"lr_student": rates[0], "lr_fake": rates[1]}
-        try:
-            backtrack.main(["toy2d", "--out", folder, *words(flags | own)])
-            line["final"] = final(disback.load_json(out / "metrics.json", ""))
-        except disback.Refusal as diverged:
-            line["failed"] = str(diverged).split(";")[0]
-        log = out / "log.jsonl"
-        rows = [json.loads(row) for row in log.read_text().splitlines()] if log.exists() else []
+        own |= {"steps": steps, "log_every": every, "save_every": 2 * every,
+                "lr_student": rates[0], "lr_fake": rates[1]}
+        rows, ending = distil(Path(folder), flags | own)
     if measure:
         line["halves"] = [[kevals(stage1, 8 * batch * step), *(round(error, 3) for error in two)]
                           for step, *two in found]
-    return line | {"stage1": stage1, "steps": steps, "curve": curve(rows, stage1),
-                   "seconds": round(time.perf_counter() - began, 1)}
+    return line | ending | {"stage1": stage1, "steps": steps, "curve": curve(rows, stage1),
+                            "seconds": round(time.perf_counter() - began, 1)}
+
+
+def record(out: Path, flags: dict, arm: str) -> int:
+    """Stage 1, and the control that the arm makes of its path; the evaluations that it took."""
+    degrade.main(["toy2d", "--out", str(out), *words(flags | STAGE1)])
+    if "control" in ARMS[arm]:
+        rewrite(out / "path", ARMS[arm]["control"])
+    return disback.Path(out / "path").about["network_evals"]
+
+
+def distil(out: Path, flags: dict) -> tuple[list[dict], dict]:
+    """Stage 2: the rows of its log, and how it ended, a divergence being an end as well."""
+    try:
+        backtrack.main(["toy2d", "--out", str(out), *words(flags)])
+        metrics = disback.load_json(out / "metrics.json", "")
+        names = ("swd", "energy_distance", "mode_tv", "off_mode", "modes_missed", "node")
+        ending = {"final": {name: round(metrics[name], 4) for name in names}}
+    except disback.Refusal as refusal:
+        if "try lower learning rates" not in str(refusal):
+            raise
+        ending = {"failed": str(refusal).split(";")[0]}
+    log = out / "log.jsonl"
+    return [json.loads(row) for row in log.read_text().splitlines()] if log.exists() else [], ending
 
 
 def curve(rows: list[dict], stage1: int) -> dict[str, list]:
@@ -175,11 +189,6 @@ def curve(rows: list[dict], stage1: int) -> dict[str, list]:
 
 def kevals(stage1: int, stage2: int) -> int:
     return round((stage1 + stage2) / 1e3)
-
-
-def final(metrics: dict) -> dict[str, float]:
-    names = ("swd", "energy_distance", "mode_tv", "off_mode", "modes_missed", "node")
-    return {name: round(metrics[name], 4) for name in names}
 
 
 def settings(grid: Grid, cell: str, arm: str) -> str:
