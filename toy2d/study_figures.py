@@ -136,52 +136,49 @@ def draw(out: Path, grid: study.Grid, lines: Lines) -> None:
 
 
 def draw_map(grid: study.Grid, lines: Lines) -> plt.Figure | None:
-    """(a) The paired ratio of evaluations over start and weighting; other cells in a last row."""
+    """(a) The paired ratio of evaluations over start and weighting; above to the SWD at which
+    tuned VSD ends, which half of its seeds just miss, below to twice that, which is off the
+    plateau."""
     columns = [[f"ring-{start}-{w}" for w in study.WEIGHTINGS] for start in study.STARTS]
     others = [cell for cell in study.CELLS if not cell.startswith("ring")]  # 3 "poor", 3 others
     columns += [others[:3], others[3:]]
     cells = {cell: (x, y) for x, column in enumerate(columns) for y, cell in enumerate(column)}
-    found = {cell: compare(grid, lines, cell) for cell in cells if cell in grid.arms}
-    found = {cell: result for cell, result in found.items() if result}
-    if not found:
+    if not any(compare(grid, lines, cell) for cell in cells if cell in grid.arms):
         return None
-    figure, axis = plt.subplots(figsize=(2.1 * len(columns) + 0.8, 6.2), layout="constrained")
-    norm = plt.matplotlib.colors.TwoSlopeNorm(0, -1, 1)
-    for cell, (x, y) in cells.items():
-        draw_cell(axis, x, y, cell, found.get(cell),
-                  found.get(cell) and compare(grid, lines, cell, factor=2.0), norm)
+    figure, axes = plt.subplots(2, 1, figsize=(11.5, 9.6), layout="constrained")
     starts = ["the teacher's copy", *(f"distance {s}" for s in list(study.STARTS)[1:])]
-    axis.set_xticks(range(len(columns)), [*starts, "distance 8,\npoor teacher", "others"])
-    axis.set_yticks(range(3), [f"weighting\n{w}" for w in study.WEIGHTINGS])
-    axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(2.5, -0.5))
-    axis.tick_params(length=0)
-    axis.axvline(len(starts) - 0.5, color="black", linewidth=2)
+    for axis, factor, level in zip(axes, (1.0, 2.0), ("the SWD", "twice the SWD")):
+        for cell, at in cells.items():
+            draw_cell(axis, *at, cell, compare(grid, lines, cell, factor=factor))
+        axis.set_xticks(range(len(columns)), [*starts, "distance 8,\npoor teacher", "others"])
+        axis.set_yticks(range(3), [f"weighting\n{w}" for w in study.WEIGHTINGS])
+        axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(2.5, -0.5))
+        axis.tick_params(length=0)
+        axis.axvline(len(starts) - 0.5, color="black", linewidth=2)
+        axis.set_title(f"to {level} at which tuned VSD ends its budget", fontsize=11)
     figure.suptitle(
-        "DisBack's evaluations / tuned VSD's, to the SWD at which tuned VSD ends its budget\n"
-        "blue, below 1: DisBack wins.  red, above 1: it loses.  grey: the interval holds 1, "
-        "undecided", fontsize=11)
+        "DisBack's network evaluations / tuned VSD's, median of paired seeds and 95% interval\n"
+        "blue, below 1: DisBack wins.  red, above 1: it loses.  grey: the interval holds 1.  "
+        "white: not run")
     return figure
 
 
-def draw_cell(axis: plt.Axes, x: int, y: int, cell: str, end: dict | None, twice: dict | None,
-              norm: Callable) -> None:
+def draw_cell(axis: plt.Axes, x: int, y: int, cell: str, result: dict | None) -> None:
     """One cell of the map: the ratio, its interval, how many never got there."""
-    if end is None:
-        axis.text(x, y, "not run", ha="center", va="center", color="#999999", fontsize=9)
+    if cell.split("-")[0] not in ("ring", "poor"):
+        axis.text(x, y - 0.38, cell, ha="center", va="center", fontsize=8)
+    if result is None:
         return
-    ratio, low, high = end["ratio"]
+    ratio, low, high = result["ratio"]
     decided = high < 1 or low > 1
-    strength = max(-1, min(1, math.log2(ratio))) if 0 < ratio < math.inf else 1
-    color = plt.get_cmap("RdBu_r")(norm(0.75 * strength)) if decided else "#e6e6e6"
+    strength = max(-1, min(1, math.log2(ratio))) if ratio > 0 else -1
+    color = plt.get_cmap("RdBu_r")(0.5 + 0.33 * strength) if decided else "#e6e6e6"
     axis.add_patch(plt.Rectangle((x - 0.49, y - 0.49), 0.98, 0.98, color=color))
     verdict = ("wins" if high < 1 else "LOSES") if decided else "undecided"
-    axis.text(x, y - 0.22, number(ratio), ha="center", va="center", fontsize=19)
+    axis.text(x, y - 0.18, number(ratio), ha="center", va="center", fontsize=17)
     text = (f"[{number(low)}, {number(high)}]  {verdict}\n"
-            f"to twice that SWD: {number(twice['ratio'][0])}\n"
-            f"never there, of {end['seeds']}:\nDisBack {end['never']}, VSD {end['vsd_never']}")
-    if cell.split("-")[0] not in ("ring", "poor"):
-        axis.text(x, y - 0.42, cell, ha="center", va="center", fontsize=8)
-    axis.text(x, y + 0.18, text, ha="center", va="center", fontsize=8)
+            f"never, of {result['seeds']}: DisBack {result['never']}, VSD {result['vsd_never']}")
+    axis.text(x, y + 0.24, text, ha="center", va="center", fontsize=7.5)
 
 
 def number(value: float) -> str:
@@ -282,6 +279,7 @@ def bars(axis: plt.Axes, arms: list[str], values: list[tuple]) -> None:
                       va="center", fontsize=7)
     axis.set(xlim=(0, edge), ylim=(len(arms) - 0.4, -0.6))
     axis.grid(axis="x", alpha=0.3)
+    axis.set_axisbelow(True)
 
 
 def draw_trade(grid: study.Grid, lines: Lines) -> plt.Figure | None:
@@ -304,7 +302,7 @@ def draw_trade(grid: study.Grid, lines: Lines) -> plt.Figure | None:
         scale = plt.Normalize(min([*good, base]), max([*good, base]))
         for (n, i), value in values.items():
             at = nodes.index(n), intervals.index(i)
-            color = plt.get_cmap("YlGnBu")(0.75 * scale(value[0])) if value[0] < 1e9 else "#f2c9c9"
+            color = plt.get_cmap("YlGnBu")(0.5 * scale(value[0])) if value[0] < 1e9 else "#f2c9c9"
             axis.add_patch(plt.Rectangle((at[0] - 0.49, at[1] - 0.49), 0.98, 0.98, color=color))
             axis.text(*at, f"{short(value[0])}\n[{short(value[1])}, {short(value[2])}]",
                       ha="center", va="center", fontsize=9)
@@ -312,7 +310,8 @@ def draw_trade(grid: study.Grid, lines: Lines) -> plt.Figure | None:
         axis.set_yticks(range(len(intervals)), [f"interval {i}" for i in intervals])
         axis.set(xlim=(-0.5, len(nodes) - 0.5), ylim=(-0.5, len(intervals) - 0.5))
         axis.set_title(f"{name} (tuned VSD: {short(base)})", fontsize=10)
-    figure.suptitle(f"Nodes and interval: {title(cell)}; light is better, blank was not run")
+    figure.suptitle(f"Nodes and interval, {title(cell)}; light is better\n1 node: there is no "
+                    "target between at which to stay; blank: longer than the budget", fontsize=11)
     return figure
 
 
@@ -341,15 +340,18 @@ def draw_rates(grid: study.Grid, lines: Lines) -> plt.Figure | None:
     if not any(axis.lines for axis in axes):
         return None
     axes[0].set_ylabel("final SWD")
-    axes[0].legend([NAMES[arm] for arm in study.MAP_ARMS if axes[0].lines], fontsize=8)
+    axes[0].legend(fontsize=8)
     figure.suptitle("Sensitivity to the learning rate: median of the tuning runs, and each of them")
     return figure
 
 
 def panels(n: int) -> tuple[plt.Figure, Sequence[plt.Axes]]:
-    figure, axes = plt.subplots(1, max(n, 1), figsize=(1 + 4 * max(n, 1), 4.2), squeeze=False,
-                                layout="constrained")
-    return figure, axes[0]
+    """n panels, at most 3 a row."""
+    columns = 2 if n == 4 else max(n, 1)
+    rows = max(n, 1) // columns
+    figure, axes = plt.subplots(rows, columns, figsize=(1 + 4.2 * columns, 0.4 + 3.7 * rows),
+                                squeeze=False, layout="constrained")
+    return figure, list(axes.flat)
 
 
 def readable(axis: plt.Axes, scale: object = None) -> None:
@@ -367,4 +369,4 @@ def title(cell: str) -> str:
     start = "the teacher's copy" if start == "copy" else f"start at distance {start}"
     data = {"blind": "ring, teacher trained up to sigma 2 only", "poor": "ring, teacher of 300 "
             "steps"}.get(data, data)
-    return f"{data}, {start}, weighting {weighting}"
+    return f"{data},\n{start}, weighting {weighting}"
