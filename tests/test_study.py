@@ -308,5 +308,7 @@ def test_the_figures_are_redrawn_identically_from_the_lines(tmp_path):
     for name, order in (("one", lines), ("two", lines[::-1])):  # parallel runs end in any order
         (tmp_path / name).mkdir()
         study_figures.draw(tmp_path / name, grid, by_key(order))
+        judged = study_figures.judged(grid, by_key(order), "ring-8-eps", "disback")
+        assert [found["seed"] for found in judged] == [0, 1, 2]
         drawn.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
     assert len(drawn[0]) == 7 and drawn[0] == drawn[1]
