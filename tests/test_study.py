@@ -23,7 +23,8 @@ from toy2d import metrics, mixture, model, study, study_figures
 
 TINY = (("width", 16), ("depth", 1), ("teacher_steps", 60), ("teacher_batch", 64), ("batch", 64))
 RATES = ((1e-3, 1e-3), (1e-2, 1e-2))
-GRID = study.Grid({"ring-8-eps": ("vsd_tuned",)}, 80, RATES, (100, 101), (0,), TINY)
+BUDGET = {"ring-8-eps": 80, "poor-8-eps": 80}
+GRID = study.Grid({"ring-8-eps": ("vsd_tuned",)}, BUDGET, RATES, (100, 101), (0,), TINY)
 RUNS = 2 * 2 + 1
 
 
@@ -167,7 +168,7 @@ def test_the_seeds_that_judge_are_not_those_that_tune_and_all_arms_may_choose_th
 
 
 def test_rates_are_chosen_by_the_median_of_the_tuning_seeds_alone():
-    grid = study.Grid(GRID.arms, 80, RATES, (100, 101, 102), (0, 1), TINY)
+    grid = study.Grid(GRID.arms, BUDGET, RATES, (100, 101, 102), (0, 1), TINY)
     cell, arm = "ring-8-eps", "disback"
     swds = {RATES[0]: (0.1, 0.5, 0.6), RATES[1]: (0.3, 0.4, 9.0)}  # least mean, least median
     lines = [line(cell, arm, 100 + i, rates, swd)
@@ -283,7 +284,8 @@ def test_a_run_that_never_arrives_loses_and_two_of_them_draw():
 
 
 def test_the_comparison_is_paired_by_seed_and_counts_stage_1():
-    grid = study.Grid({"ring-8-eps": ("vsd_tuned", "disback")}, 75, RATES[:1], (100,), (0, 1, 2))
+    grid = study.Grid({"ring-8-eps": ("vsd_tuned", "disback")}, {"ring-8-eps": 75}, RATES[:1],
+                      (100,), (0, 1, 2))
     lines = []
     for arm in grid.arms["ring-8-eps"]:
         lines.append(line("ring-8-eps", arm, 100, RATES[0], 0.2))
@@ -299,7 +301,7 @@ def test_the_comparison_is_paired_by_seed_and_counts_stage_1():
 
 def test_the_figures_are_redrawn_identically_from_the_lines(tmp_path):
     grid = study.Grid({"poor-8-eps": ("vsd_tuned", "disback", "adaptive", "n3_i33"),
-                       "ring-8-eps": ("vsd_tuned", "disback")}, 80, RATES, (100,), (0, 1, 2))
+                       "ring-8-eps": ("vsd_tuned", "disback")}, BUDGET, RATES, (100,), (0, 1, 2))
     lines = [line(cell, arm, seed, rates, 0.1 + 0.01 * seed + 0.05 * (arm == "disback"),
                   halves=[[100, 0.5, 0.4], [300, 0.1, 0.2]])
              for cell, arms in grid.arms.items() for arm in arms for rates in RATES

@@ -45,8 +45,7 @@ CELLS = {f"ring-{start}-{w}": {"data": "ring", **flags, "weighting": w}
 CELLS |= {f"poor-8-{w}": {**CELLS[f"ring-8-{w}"], "teacher_steps": 300} for w in WEIGHTINGS}
 CELLS |= {f"{data}-28-eps": {"data": data, "distance": 28, "weighting": "eps"}
           for data in ("grid", "uneven")}
-# "blind": a teacher of noise up to 2 only: no point near the student's start was in its training.
-CELLS["blind-8-eps"] = {**CELLS["ring-8-eps"], "sigma_max": 2}
+CELLS["short-8-eps"] = CELLS["ring-8-eps"]  # half the budget
 
 STAGE1 = {"steps": 100}  # half the default: it is paid from a budget that is short here
 VSD = {"target": "teacher"}
@@ -74,10 +73,10 @@ ABLATION = (*list(ARMS)[2:10], *CONSTANT_WALK)
 
 @dataclass(frozen=True)
 class Grid:
-    """What is run: cells with the arms of each, and the budget in iterations of plain VSD."""
+    """What is run: the arms of each cell, and its budget in iterations of plain VSD."""
 
     arms: dict[str, tuple[str, ...]]
-    budget: int
+    budget: dict[str, int]
     rates: tuple[tuple[float, float], ...]  # (student's, fake's): what every tuned arm may choose
     tuning: tuple[int, ...]
     seeds: tuple[int, ...]
@@ -85,12 +84,13 @@ class Grid:
 
 
 FULL = Grid({name: MAP_ARMS for name in CELLS} | {
-    "ring-8-eps": (*MAP_ARMS, *ABLATION[:7]), "poor-8-eps": tuple(ARMS)}, 600,
+    "ring-8-eps": (*MAP_ARMS, *ABLATION[:7]), "poor-8-eps": tuple(ARMS)},
+    {name: 600 for name in CELLS} | {"grid-28-eps": 1000, "short-8-eps": 300},
     ((3e-3, 3e-3), (6e-3, 6e-3), (1.2e-2, 1.2e-2), (2.4e-2, 2.4e-2), (6e-3, 1.2e-2)),
     tuple(range(100, 105)), tuple(range(10)))
 QUICK = Grid({"ring-copy-eps": MAP_ARMS, "ring-8-eps": MAP_ARMS, "ring-28-eps": MAP_ARMS,
               "poor-8-eps": (*MAP_ARMS, "vsd", "degraded_fake", "adaptive", "forward", "n3_i33")},
-             400, FULL.rates[1:4], (100, 101), (0, 1, 2))
+             {name: 400 for name in CELLS}, FULL.rates[1:4], (100, 101), (0, 1, 2))
 
 
 def runs(grid: Grid, lines: dict[tuple, dict]) -> list[tuple]:
@@ -143,7 +143,7 @@ def execute(grid: Grid, run: tuple) -> dict:
     measure = judged and cell in HALVES and arm in MAP_ARMS
     with tempfile.TemporaryDirectory() as folder, quiet(), spy(measure) as found:
         stage1 = record(Path(folder), flags, arm) if ARMS[arm] != VSD else 0
-        steps = grid.budget - math.ceil(stage1 / (8 * batch))
+        steps = grid.budget[cell] - math.ceil(stage1 / (8 * batch))
         every = max(steps // 16, 1) if judged else steps  # of a tuning run, only the end
         own |= {"steps": steps, "log_every": every, "save_every": 2 * every,
                 "lr_student": rates[0], "lr_fake": rates[1]}
@@ -194,7 +194,7 @@ def kevals(stage1: int, stage2: int) -> int:
 def settings(grid: Grid, cell: str, arm: str) -> str:
     """All flags but seed, rates and the steps, and a hash of the values of those not given."""
     flags = CELLS[cell] | dict(grid.flags) | ARMS[arm]
-    flags |= {"stage1": STAGE1["steps"], "budget": grid.budget}
+    flags |= {"stage1": STAGE1["steps"], "budget": grid.budget[cell]}
     defaults = hashlib.sha256(repr(problem.PRESETS).encode()).hexdigest()[:8]
     return " ".join([f"defaults={defaults}", *(f"{name}={flags[name]}" for name in flags)])
 

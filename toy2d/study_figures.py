@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+import disback
 from toy2d import study
 from toy2d.figures import DATA, OTHER, STUDENT, TARGET, plt, save
 
@@ -79,7 +80,7 @@ def compare(grid: study.Grid, lines: Lines, cell: str, arm: str = "disback",
     if not seeds:
         return None
     level = factor * float(np.median([study.final_swd(line) for line in vsd]))
-    budget = max(line["steps"] for line in vsd) * 8 * study.batch_of(grid, cell) / 1e3
+    budget = grid.budget[cell] * 8 * study.batch_of(grid, cell) / 1e3
     theirs, ours = reaches(vsd, level), reaches(other, level)
     ratios = [paired_ratio(ours[seed], theirs[seed], budget) for seed in seeds]
     return {"level": level, "seeds": len(seeds), "ratio": median_interval(ratios),
@@ -126,7 +127,7 @@ def draw(out: Path, grid: study.Grid, lines: Lines) -> None:
     """Write the six figures and summary.json to `out`; what has no lines yet is left out."""
     rows = rounded(table(grid, lines))
     text = ",\n".join(json.dumps(row) for row in rows)
-    study.disback.atomically(out / "summary.json", lambda file: file.write_text(f"[{text}]\n"))
+    disback.atomically(out / "summary.json", lambda file: file.write_text(f"[{text}]\n"))
     for name, figure in (("map", draw_map), ("convergence", draw_convergence),
                          ("halves", draw_halves), ("ablation", draw_ablation),
                          ("trade", draw_trade), ("rates", draw_rates)):
@@ -336,7 +337,8 @@ def draw_rates(grid: study.Grid, lines: Lines) -> plt.Figure | None:
         axis.set(xscale="log", yscale="log", xlabel="learning rate of student and fake")
         axis.set_title(title(cell), fontsize=10)
         readable(axis)
-        readable(axis, axis.xaxis)
+        axis.set_xticks([rates[0] for rates in grid.rates], [f"{r:g}" for r, _ in grid.rates])
+        axis.xaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
     if not any(axis.lines for axis in axes):
         return None
     axes[0].set_ylabel("final SWD")
@@ -354,12 +356,11 @@ def panels(n: int) -> tuple[plt.Figure, Sequence[plt.Axes]]:
     return figure, list(axes.flat)
 
 
-def readable(axis: plt.Axes, scale: object = None) -> None:
-    """Plain numbers at 1, 2, 5 of a logarithmic axis, y unless told."""
-    scale = scale or axis.yaxis
-    scale.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-    scale.set_major_formatter("{x:g}")
-    scale.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
+def readable(axis: plt.Axes) -> None:
+    """Plain numbers on a logarithmic y axis."""
+    axis.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
     axis.grid(alpha=0.25)
 
 
@@ -367,6 +368,5 @@ def title(cell: str) -> str:
     """A cell in words."""
     data, start, weighting = cell.split("-")
     start = "the teacher's copy" if start == "copy" else f"start at distance {start}"
-    data = {"blind": "ring, teacher trained up to sigma 2 only", "poor": "ring, teacher of 300 "
-            "steps"}.get(data, data)
+    data = {"poor": "ring, teacher of 300 steps", "short": "ring, half the budget"}.get(data, data)
     return f"{data},\n{start}, weighting {weighting}"
