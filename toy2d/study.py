@@ -17,6 +17,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -342,8 +343,11 @@ def appending(file: Path) -> Iterator[Callable[[dict], None]]:
 # ------------------------------------------------------------------------------------ the study
 
 
-def die_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+def follow_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever; an interrupt is the parent's
+    to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
     def wait():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -368,7 +372,7 @@ def study(grid: Grid, file: Path, jobs: int, skip_corrupt: bool = False) -> dict
         print(f"{len(todo)} runs of about {seconds:.1f} s to do, {len(lines)} done: "
               f"{len(todo) * seconds / jobs / 60:.0f} minutes on {jobs} processes", flush=True)
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, context, die_with_parent) as pool:
+        with ProcessPoolExecutor(jobs, context, follow_parent) as pool:
             while todo := [run for run in runs(grid, lines) if run[3] and run not in lines]:
                 futures = [pool.submit(execute, grid, run) for run in todo]
                 try:
