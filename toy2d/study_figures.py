@@ -159,8 +159,8 @@ def draw_map(grid: study.Grid, lines: Lines) -> plt.Figure | None:
         axis.set_title(f"to {level} at which tuned VSD ends its budget", fontsize=11)
     figure.suptitle(
         "DisBack's network evaluations / tuned VSD's, median of paired seeds and 95% interval\n"
-        "blue, below 1: DisBack wins.  red, above 1: it loses.  grey: the interval holds 1.  "
-        "white: not run")
+        "blue, below 1: DisBack wins.  red, above 1: it loses.  grey: undecided.  white: not "
+        "run\nwhere neither arrives, a draw, 1; where only VSD does not, its budget counts")
     return figure
 
 
@@ -171,11 +171,12 @@ def draw_cell(axis: plt.Axes, x: int, y: int, cell: str, result: dict | None) ->
     if result is None:
         return
     ratio, low, high = result["ratio"]
-    decided = high < 1 or low > 1
+    loses = ratio > 1 and low >= 1  # an interval that only draws hold at 1 does not excuse
+    decided = high < 1 or loses
     strength = max(-1, min(1, math.log2(ratio))) if ratio > 0 else -1
     color = plt.get_cmap("RdBu_r")(0.5 + 0.33 * strength) if decided else "#e6e6e6"
     axis.add_patch(plt.Rectangle((x - 0.49, y - 0.49), 0.98, 0.98, color=color))
-    verdict = ("wins" if high < 1 else "LOSES") if decided else "undecided"
+    verdict = "LOSES" if loses else "wins" if high < 1 else "undecided"
     axis.text(x, y - 0.18, number(ratio), ha="center", va="center", fontsize=17)
     text = (f"[{number(low)}, {number(high)}]  {verdict}\n"
             f"never, of {result['seeds']}: DisBack {result['never']}, VSD {result['vsd_never']}")
