@@ -195,9 +195,9 @@ def test_a_run_is_that_of_the_stages_and_fits_in_the_budget(tmp_path, no_figures
     budget, spent = 8 * 64 * 80, path["stage1"] + 8 * 64 * path["steps"]
     assert budget - 8 * 64 < spent <= budget
     assert path["curve"]["kevals"][-1] == round(spent / 1e3)
-    assert len(path["curve"]["swd"]) >= 16 and path["final"]["swd"] == pytest.approx(
+    assert len(path["curve"]["swd"]) >= 12 and path["final"]["swd"] == pytest.approx(
         path["curve"]["swd"][-1], rel=1e-2)
-    assert len(path["halves"]) >= 8
+    assert len(path["halves"]) >= 6
 
 
 def test_a_run_that_diverges_is_a_line_and_counts_as_infinitely_far():
