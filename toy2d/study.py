@@ -157,7 +157,8 @@ def execute(grid: Grid, run: tuple) -> dict:
     if measure:
         line["halves"] = [[kevals(stage1, 8 * batch * step), *(round(error, 3) for error in two)]
                           for step, *two in found]
-    return line | ending | {"stage1": stage1, "steps": steps, "curve": curve(rows, stage1) if judged else {},
+    return line | ending | {"stage1": stage1, "steps": steps,
+                            "curve": curve(rows, stage1) if judged else {},
                             "seconds": round(time.perf_counter() - began, 1)}
 
 
