@@ -62,7 +62,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 def default_name(args: argparse.Namespace, name: str = "samples") -> Path:
     """Where the results of a source belong, but for the suffix."""
     if args.source == "teacher":
-        return Path(f"{name}-teacher-{args.preset or 'tiny'}")
+        return Path("runs", f"{name}-teacher-{args.preset or 'tiny'}")
     return Path(args.source) / (name if args.node is None else f"{name}-node-{args.node:02d}")
 
 

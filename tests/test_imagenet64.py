@@ -274,6 +274,15 @@ def test_a_teachers_images_need_no_run(tmp_path, capsys, monkeypatch):
     assert np.abs(expected - found[..., 0]).max() <= 1
 
 
+def test_what_is_made_of_a_teacher_lies_beside_the_runs_under_its_presets_name(
+        tmp_path, monkeypatch):
+    net = edm.Denoiser(**problem.NETWORKS["digits"])
+    monkeypatch.setattr(problem, "load_teacher", lambda config: (net, "sha"))
+    monkeypatch.chdir(tmp_path)
+    sample.main(["teacher", "--images", "2", "--steps", "1"])
+    assert (tmp_path / "runs" / "samples-teacher-tiny.png").is_file()
+
+
 def test_classes_go_with_seeds_not_with_places_in_a_batch(run, tmp_path, capsys):
     flags = ["--classes", 1, 2, 3, "--to", tmp_path / "x.npz"]
     assert sampled(capsys, run, "--images", 5, "--batch", 2, *flags)[1].tolist() == [1, 2, 3, 1, 2]
