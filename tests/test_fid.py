@@ -1,4 +1,4 @@
-"""The Fréchet distance against reference data, scipy and closed forms; its measurement, cut off."""
+"""The Fréchet distance against reference data, scipy and closed forms; measuring, cut off."""
 
 import dataclasses
 import json
