@@ -188,7 +188,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         full = isinstance(error, MemoryError) or re.search("out of mem|can't alloc", str(error))
         if isinstance(error, RuntimeError) and not full:
             raise
-        print("error:", *str(error).split(), "(lower --batch)" * bool(full), file=sys.stderr)
+        print("error:", *str(error).split(), *["(lower --batch)"] * bool(full), file=sys.stderr)
         sys.exit(2)
 
 

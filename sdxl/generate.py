@@ -52,8 +52,8 @@ def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeli
     """A pipeline around the student's UNet, in fp16 on a GPU, and what the student says of itself:
     its base, timestep and size in pixels."""
     file, about = find(student)
-    cache = Path(os.environ.get("DISBACK_CACHE", Path.home() / ".cache" / "disback"))
-    folder = model.find(about["base"] if base is None else base, cache, "--base")
+    folder = model.find(about["base"] if base is None else base, model.cache_folder(),
+                        "--base")
     unet = model.load_unet(disback.load_json(folder / "unet/config.json", "fetch it again"), file)
     with disback.blame(f"{folder} is no SDXL pipeline: fetch it again, or name another by --base"):
         pipe = StableDiffusionXLPipeline.from_pretrained(folder, unet=unet)

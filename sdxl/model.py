@@ -1,6 +1,7 @@
 """SDXL's UNet as a denoiser, and its files: a local folder of diffusers' layout, or the hub's."""
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +83,11 @@ def guide(net: Callable, x: Tensor, sigma: Tensor, cond: dict[str, Tensor],
     sigma = sigma.expand(len(x), -1, -1, -1)
     without, given = net(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
     return without + scale * (given - without)
+
+
+def cache_folder() -> Path:
+    """Where the tiny pipeline and the prompts' embeddings are kept."""
+    return Path(os.environ.get("DISBACK_CACHE", Path.home() / ".cache" / "disback"))
 
 
 def find(model: str, cache: Path, flag: str = "--model") -> Path:

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -88,7 +87,7 @@ def make(preset: str = "tiny", seed: int = 0, device: torch.device | str = "cpu"
     if not config.model:
         torch.set_num_threads(1)  # at this size threads cost more than they give
     prompts = text.read_prompts(config.prompts or text.SHIPPED)
-    cache = Path(os.environ.get("DISBACK_CACHE", Path.home() / ".cache" / "disback"))
+    cache = model.cache_folder()
     folder = model.find(config.model, cache)
     bank = text.embed(folder, prompts, cache, device)
     teacher, sigmas = load_teacher(config, folder, device)
