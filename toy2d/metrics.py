@@ -1,5 +1,6 @@
 """How far the student's samples are from the data: four numbers."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +36,9 @@ class Evaluation:
         off_mode: share of samples further than 4 standard deviations from every mode (of the
         data's own: 0.0003). modes_missed: modes with less than a fifth of their weight's samples.
         """
-        swd = ((x @ self.directions).sort(dim=0)[0] - self.sorted_reference).square().mean().sqrt()
+        # NumPy's sort is several times faster than torch's on the CPU, where evaluating is the cost.
+        projected = torch.from_numpy(np.sort((x @ self.directions).numpy(), axis=0))
+        swd = (projected - self.sorted_reference).square().mean().sqrt()
         mode, distance = self.data.nearest_mode(x)
         shares = torch.bincount(mode, minlength=len(self.data.weights)) / len(x)
         a, b = x[:1000], self.reference[:1000]
