@@ -4,8 +4,8 @@ along the recorded path, from the node before the last to the teacher."""
 import copy
 import dataclasses
 import functools
-import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -19,7 +19,6 @@ FLAGS = dict(
     target=dict(choices=("path", "teacher"), default="path", help="teacher alone is plain VSD"),
     fake_init=dict(choices=("degraded", "teacher"), help="default: degraded if target is the path"),
     path=dict(type=Path, metavar="DIR", help="folder of the path (default: OUT/path)"),
-    resume=dict(action="store_true", help="continue the run in OUT from its last checkpoint"),
     compare=dict(type=Path, metavar="DIR", help="a finished run to draw beside this one"))
 
 
@@ -35,20 +34,25 @@ def main(argv: list[str]) -> None:
     # Only the target walks, the teacher in whose place the nodes are put; the fake learns.
     student, target = problem.student, problem.teacher
     fake = copy.deepcopy(problem.teacher)
+    ema = copy.deepcopy(student) if config.ema > 0 else student
+    trained_student, trained_fake = (disback.ready(net, args, problem.blocks, trained=True)
+                                     for net in (student, fake))
+    disback.ready(target, args, problem.blocks)
+    if args.shard and ema is not student:  # never compiled: it is called seldom, in other batches
+        disback.shard(ema, problem.blocks)
     if fake_init == "degraded":
         path.load(len(path) - 1, fake)
     walk = disback.Walk(path if args.target == "path" else None, target, config.interval,
                         config.switch == "adaptive")
-    guided = functools.partial(problem.guide, target)
-    ema, average = copy.deepcopy(student), get_ema_multi_avg_fn(config.ema)
+    guided, average = functools.partial(problem.guide, target), get_ema_multi_avg_fn(config.ema)
     weights, ema_weights = list(student.parameters()), list(ema.parameters())
     adam = functools.partial(torch.optim.AdamW, betas=(config.beta1, config.beta2),
                              weight_decay=config.weight_decay, fused=True)
     adam_student, adam_fake = adam(student.parameters()), adam(fake.parameters())
-    parts = dict(student=student, fake=fake, ema=ema, adam_student=adam_student,
-                 adam_fake=adam_fake)
+    nets = dict(student=student, fake=fake, ema=ema)
+    optimizers = dict(student=adam_student, fake=adam_fake)
 
-    snapshot_inputs = problem.snapshot()
+    state, log, snapshot_inputs = args.out / "state.pt", args.out / "log.jsonl", problem.snapshot()
     settings = {**problem.about, **dataclasses.asdict(config), "target": args.target,
                 "fake_init": fake_init, "path": path and disback.sha256(path.folder / "path.json")}
 
@@ -56,6 +60,7 @@ def main(argv: list[str]) -> None:
     # 2, fake and target; one of the fake 3. The first takes the student's sample, others draw one.
     k = config.fake_updates
     evals_a_step = batch * (4 + problem.guide_evals + 3 * k + (k - 1))
+    share = functools.partial(disback.share, batch, args.accumulate)
 
     def snapshot(step):
         with torch.no_grad():
@@ -63,43 +68,69 @@ def main(argv: list[str]) -> None:
         disback.save_tensors(args.out / "snapshots" / f"{step:07d}.safetensors",
                              {"x0": x0, "node": torch.tensor(walk.node)})
 
-    if not args.resume:
+    done, since, seconds, totals = 0, 0, 0.0, torch.zeros(2, device=snapshot_inputs[0].device)
+    if args.resume:
+        then = disback.load_state(state, nets, optimizers, settings)
+        done, since, seconds = then["step"], then["since"], then["seconds"]
+        totals += then["totals"].to(totals)
+        walk.node, walk.age, walk.mismatch = then["node"], then["age"], then["mismatch"]
+        if walk.path:
+            walk.path.load(walk.node, target)
+        disback.rewind(log, done)
+    else:
         disback.claim(args, problem, "backtrack", settings)
         snapshot(0)
-    done, seconds = load_state(args.out, parts, walk, settings) if args.resume else (0, 0.0)
-    began, totals, since = time.perf_counter() - seconds, 0.0, done
-    for step in (progress := tqdm(range(done + 1, steps + 1), "backtrack", steps, initial=done)):
+    began = time.perf_counter() - seconds
+    for step in (progress := tqdm(range(done + 1, steps + 1), "backtrack", steps, initial=done,
+                                  disable=disback.rank() > 0)):
         decay = (1 + math.cos(math.pi * (step - 1) / steps)) / 2 if config.decay == "cosine" else 1
         z, cond = problem.sample_inputs(batch)
-        x0 = problem.generate(student, z, cond)
-        sigma = problem.sample_sigma_vsd(batch)
-        loss, mismatch = disback.vsd_loss(x0, sigma, fake, guided, cond, config.weighting)  # Eq. 8
-        disback.update(adam_student, loss, config.lr_student * decay, problem.clip)
-        average(ema_weights, weights, None)
+        sigma, eps = problem.sample_sigma_vsd(batch), torch.randn_like(z)
+        samples, numbers = [], torch.zeros_like(totals)
+        for z_i, cond_i, sigma_i, eps_i in share(z, cond, sigma, eps):
+            x0 = problem.generate(trained_student, z_i, cond_i)
+            loss, mismatch = disback.vsd_loss(  # Eq. 8
+                x0, sigma_i, fake, guided, cond_i, config.weighting, eps_i)
+            (loss / args.accumulate).backward()
+            samples.append((x0.detach(), cond_i))
+            numbers[1] += mismatch / args.accumulate
+        disback.update(adam_student, config.lr_student * decay, problem.clip)
+        if ema is not student:
+            average(ema_weights, weights, None)
 
         for i in range(k):
             if i > 0:
                 z, cond = problem.sample_inputs(batch)
                 with torch.no_grad():
-                    x0 = problem.generate(student, z, cond)
-            sigma = problem.sample_sigma(batch)
-            loss_fake = disback.score_matching_loss(
-                fake, x0.detach(), sigma, cond, problem.score_weight(sigma))  # Eq. 5
-            disback.update(adam_fake, loss_fake, config.lr_fake * decay, problem.clip)
+                    samples = [(problem.generate(student, *inputs), inputs[1])
+                               for inputs in share(z, cond)]
+            sigma, eps = problem.sample_sigma(batch), torch.randn_like(z)
+            numbers[0] = 0
+            for (x0, cond_i), (sigma_i, eps_i) in zip(samples, share(sigma, eps)):
+                loss = disback.score_matching_loss(  # Eq. 5
+                    trained_fake, x0, sigma_i, cond_i, problem.score_weight(sigma_i), eps_i)
+                (loss / args.accumulate).backward()
+                numbers[0] += loss.detach() / args.accumulate
+            disback.update(adam_fake, config.lr_fake * decay, problem.clip)
 
-        totals = totals + torch.stack([loss_fake.detach(), mismatch])
+        numbers = disback.mean_over_ranks(numbers)
+        totals, stop = totals + numbers, disback.stop_asked()
         save = step % config.save_every == 0 or step == steps
         if save or step % config.log_every == 0:
             mean_fake, mean_mismatch = (totals / (step - since)).tolist()
-            totals, since = 0.0, step
-            disback.log(args.out / "log.jsonl", step, walk.node, loss_fake=mean_fake,
-                        mismatch=mean_mismatch, network_evals=evals_a_step * step,
-                        seconds=time.perf_counter() - began, **problem.evaluate(ema))
+            totals, since = torch.zeros_like(totals), step
+            disback.log(log, step, walk.node, loss_fake=mean_fake, mismatch=mean_mismatch,
+                        network_evals=evals_a_step * step, seconds=time.perf_counter() - began,
+                        **problem.evaluate(ema))
             progress.set_postfix(node=walk.node, mismatch=f"{mean_mismatch:.3g}")
-        if walk.step(mismatch) or save:
+        if walk.step(numbers[1]) or save:
             snapshot(step)
-        if save:
-            save_state(args.out, parts, walk, settings, step, time.perf_counter() - began)
+        if save or stop:
+            disback.save_state(state, step, nets, optimizers, settings=settings, node=walk.node,
+                               age=walk.age, mismatch=walk.mismatch, totals=totals, since=since,
+                               seconds=time.perf_counter() - began)
+        if stop:
+            sys.exit(f"stopped by {stop} after step {step}: --resume goes on from there")
 
     disback.save_tensors(args.out / "student.safetensors", ema.state_dict())
     stage1, stage2 = path.about.get("network_evals", 0) if path else 0, evals_a_step * steps
@@ -109,41 +140,10 @@ def main(argv: list[str]) -> None:
         "peak_memory_bytes": disback.peak_memory(), "seconds": time.perf_counter() - began,
         "network_evals": {"stage1": stage1, "stage2": stage2, "total": stage1 + stage2},
         **problem.evaluate(ema)})
+    disback.barrier()
     problem.draw(args.out, path, args.compare)
     if walk.node > 0:
         print(f"note: the target is still node {walk.node}; more --steps reach the teacher")
-
-
-def save_state(out: Path, parts: dict, walk: disback.Walk, settings, step, seconds) -> None:
-    """Write all that a resumed run needs; what is not finite never replaces what was good."""
-    state = {name: part.state_dict() for name, part in parts.items()}
-    if not all(t.isfinite().all() for name in ("student", "fake") for t in state[name].values()):
-        raise disback.Refusal(f"a weight is not finite at step {step}: try lower learning rates; "
-                              f"{out / 'state.pt'} is kept as it was")
-    state |= {"step": step, "seconds": seconds, "settings": settings,
-              "walk": (walk.node, walk.age, walk.mismatch),
-              "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
-    disback.atomically(out / "state.pt", lambda file: torch.save(state, file))
-
-
-def load_state(out: Path, parts: dict, walk: disback.Walk, settings: dict) -> tuple[int, float]:
-    """Go back to the checkpoint, and log.jsonl with it; returns its step and the seconds spent."""
-    file, log = out / "state.pt", out / "log.jsonl"
-    with disback.blame(f"{file} is missing or not a checkpoint of this run: start again with "
-                       "--overwrite"):
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        disback.must_agree(file, state["settings"], settings)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        walk.node, walk.age, walk.mismatch = state["walk"]
-        torch.set_rng_state(state["random"][0])
-        torch.cuda.set_rng_state_all(state["random"][1:])
-    if walk.path:
-        walk.path.load(walk.node, walk.target)
-    lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n")]  # untorn
-    kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
-    disback.atomically(log, lambda file: file.write_text("".join(kept)))
-    return state["step"], state["seconds"]
 
 
 if __name__ == "__main__":

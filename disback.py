@@ -26,24 +26,34 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path as File
 from resource import RUSAGE_SELF, getrusage
 from typing import Any, get_args
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as whole
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+ASKED: list[int] = []  # signals that ask to stop
 
 
 def score_matching_loss(net: Callable, x0: Tensor, sigma: Tensor, cond: Any = None,
-                        weight: Tensor | float = 1.0) -> Tensor:
+                        weight: Tensor | float = 1.0, eps: Tensor | None = None) -> Tensor:
     """Denoising score matching: the mean of weight * |D(x, sigma) - x0|^2. Eq. 5 and Eq. 7 are one
     function: fake and degrading teacher are trained alike, on the student's samples x0 [n, ...],
-    and differ in where they start. sigma > 0 and weight broadcast against x0."""
+    and differ in where they start. sigma > 0 and weight broadcast against x0; eps ~ N(0, 1) is
+    drawn where it is not given."""
     assert not x0.requires_grad
-    x = x0 + sigma * torch.randn_like(x0)
+    x = x0 + sigma * (torch.randn_like(x0) if eps is None else eps)
     return (weight * (net(x, sigma, cond) - x0) ** 2).mean()
 
 
@@ -61,11 +71,11 @@ def vsd_gradient(x0: Tensor, sigma: Tensor, d_fake: Tensor, d_target: Tensor,
 
 
 def vsd_loss(x0: Tensor, sigma: Tensor, fake: Callable, target: Callable, cond: Any,
-             weighting: str) -> tuple[Tensor, Tensor]:
+             weighting: str, eps: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A loss whose gradient with respect to x0 = G(z) is vsd_gradient / x0.numel() (Eq. 8), and
     the mismatch degree. Neither fake nor target gets a gradient: Eq. 8 has no such term."""
     with torch.no_grad():
-        x = x0 + sigma * torch.randn_like(x0)
+        x = x0 + sigma * (torch.randn_like(x0) if eps is None else eps)
         d_fake, d_target = fake(x, sigma, cond), target(x, sigma, cond)
         gradient = vsd_gradient(x0, sigma, d_fake, d_target, weighting)
     return (gradient * x0).mean(), distance(d_fake, d_target, sigma)
@@ -97,9 +107,12 @@ class Path:
     def create(cls, folder: File, nodes: Sequence[File], **about: Any) -> "Path":
         """Number the files of the nodes, teacher first, write path.json, and open the path."""
         files = [folder / f"{node:02d}.safetensors" for node in range(len(nodes))]
-        for node, file in zip(nodes, files):
-            os.replace(node, file)
-        save_json(folder / "path.json", about | {"sha256": [sha256(file) for file in files]})
+        if rank() == 0:
+            for node, file in zip(nodes, files):
+                if node.exists():  # not where this was cut off, and is done again
+                    os.replace(node, file)
+            save_json(folder / "path.json", about | {"sha256": [sha256(file) for file in files]})
+        barrier()
         return cls(folder)
 
     def __len__(self) -> int:
@@ -158,7 +171,8 @@ def blame(what: str) -> Iterator[None]:
 
 @dataclasses.dataclass
 class Problem:
-    """All that a stage asks of a problem; sigma comes in a shape that broadcasts against x."""
+    """All that a stage asks of a problem; sigma comes in a shape that broadcasts against x, and z
+    in the shape of x0."""
 
     config: Any  # a frozen dataclass of numbers and choices
     about: dict  # what a path and the run that walks it must share
@@ -178,18 +192,27 @@ class Problem:
     disk: int = 0  # bytes that must be free before a path is recorded
     pack: Callable | None = None  # (net) -> tensors that are stored of a node, where not all are
     unpack: Callable | None = None  # (node's file, net): copies into net what pack has stored
+    blocks: tuple[type, ...] = ()  # kinds of layers that --shard gathers one at a time
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Run a stage; a Refusal, a failing disk or too little memory ends it in a line, status 2."""
+    """Run a stage; a Refusal, a failing disk, too little memory or another rank's end ends it in a
+    line, status 2."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, heed)
     try:
         main(sys.argv[1:])
     except (Refusal, OSError, MemoryError, RuntimeError) as error:
         full = isinstance(error, MemoryError) or re.search("out of mem|can't alloc", str(error))
-        if isinstance(error, RuntimeError) and not full:
+        lost = re.search("(?i)gloo|nccl", str(error)) and "(another rank has ended, and says why)"
+        if isinstance(error, RuntimeError) and not (full or lost):
             raise
-        print("error:", *str(error).split(), *["(lower --batch)"] * bool(full), file=sys.stderr)
+        who = f"error on rank {rank()}:" if dist.is_initialized() else "error:"
+        hint = "(lower --batch, or raise --accumulate)" if full else lost or ""
+        print(who, *str(error).split(), hint, file=sys.stderr)
         sys.exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def start(stage: str, doc: str, argv: list[str], **flags: dict) -> tuple[Any, Problem]:
@@ -202,6 +225,13 @@ def start(stage: str, doc: str, argv: list[str], **flags: dict) -> tuple[Any, Pr
     parser.add_argument("--out", type=File, help="run folder (default: runs/PROBLEM)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N",
+                        help="backward passes that share a batch, to take less memory (default: 1)")
+    parser.add_argument("--shard", action="store_true",
+                        help="spread weights and optimizers over torchrun's ranks (FSDP2)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                        default=torch.cuda.is_available(), help="(default: on a GPU)")
     for name, keywords in flags.items():
         parser.add_argument("--" + name.replace("_", "-"), **keywords)
     name = next((word for word in argv if word in problems), None)
@@ -217,8 +247,16 @@ def start(stage: str, doc: str, argv: list[str], **flags: dict) -> tuple[Any, Pr
     changes = {key[7:]: value for key, value in vars(args).items() if key.startswith("config.")}
     if getattr(args, "dry_run", False):
         sys.exit(print(module.dry_run(args.preset, **changes)))  # None: status 0
-    problem = module.make(args.preset, args.seed,
-                          "cuda" if torch.cuda.is_available() else "cpu", **changes)
+    join_ranks(args)
+    for turn in (0, 1):  # what the first rank trains or fetches, the others find
+        if turn == min(rank(), 1):
+            problem = module.make(args.preset, args.seed,
+                                  "cuda" if torch.cuda.is_available() else "cpu", **changes)
+        barrier()
+    count = ranks() * args.accumulate
+    if problem.config.batch % count:
+        raise Refusal(f"batch {problem.config.batch} must be divisible by {count}, the ranks times "
+                      "--accumulate: change one of the three")
     torch.manual_seed(args.seed)  # again: making it may have trained a teacher, or found one
     return args, problem
 
@@ -267,6 +305,8 @@ def must_agree(what: File, then: dict, now: dict) -> None:
 
 def claim(args: Any, problem: Problem, stage: str, settings: dict) -> None:
     """Refuse a folder that holds results or has no room for a path; write its config.json."""
+    if rank() > 0:
+        return barrier()
     names = ["student.safetensors", "student", "state.pt", "log.jsonl", "metrics.json",
              "snapshots", "figures"] + ["path"] * (stage == "degrade")
     there = next(p for p in (args.out.absolute(), *args.out.absolute().parents) if p.is_dir())
@@ -283,6 +323,7 @@ def claim(args: Any, problem: Problem, stage: str, settings: dict) -> None:
                      **dataclasses.asdict(problem.config), **settings,
                      "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
     save_json(file, stages)
+    barrier()
 
 
 def log(file: File, step: int, node: Any, **numbers: float) -> None:
@@ -291,19 +332,182 @@ def log(file: File, step: int, node: Any, **numbers: float) -> None:
         if not math.isfinite(number):
             raise Refusal(f"{name} is {number} at step {step}, node {node}: try lower learning "
                           f"rates; what was saved before is kept in {file.parent}")
-    with open(file, "a") as handle:
-        handle.write(json.dumps({"step": step, "node": node, **numbers}) + "\n")
+    if rank() == 0:
+        with open(file, "a") as handle:
+            handle.write(json.dumps({"step": step, "node": node, **numbers}) + "\n")
 
 
-def update(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float, clip=math.inf) -> None:
-    """One step of the optimizer down the loss, the norm of its gradient cut to `clip`."""
+def update(optimizer: torch.optim.Optimizer, lr: float, clip: float = math.inf) -> None:
+    """One step of the optimizer down the gradients, whose norm is cut to `clip`."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss.backward()
     if clip < math.inf:
         nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
     optimizer.step()
     optimizer.zero_grad()  # at once: the gradients of one network only are in memory at a time
+
+
+# ------------------------------------------------------------------------------------ the ranks
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def join_ranks(args: Any) -> None:
+    """Join torchrun's ranks, each with a GPU of its own where there are any."""
+    if args.accumulate < 1:
+        refuse(f"--accumulate must be at least 1, not {args.accumulate}")
+    if "RANK" not in os.environ and args.shard:
+        refuse("--shard spreads over ranks: torchrun --nproc_per_node=N starts them")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.set_float32_matmul_precision("high")  # TF32
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group(timeout=timedelta(hours=1))  # the first rank may train a teacher
+
+
+def share(n: int, parts: int, *drawn: Any) -> list[list]:
+    """This rank's `parts` equal shares of what was drawn for a batch of n: of tensors [n, ...] and
+    dicts of them; anything else is for all. Every rank draws the whole batch, from the same random
+    numbers: what is learnt does not depend on how many share it."""
+    size = n // (ranks() * parts)
+    starts = range(rank() * parts * size, (rank() + 1) * parts * size, size)
+    return [[cut(value, n, slice(i, i + size)) for value in drawn] for i in starts]
+
+
+def cut(value: Any, n: int, part: slice) -> Any:
+    if isinstance(value, dict):
+        return {name: cut(inner, n, part) for name, inner in value.items()}
+    return value[part] if isinstance(value, Tensor) and value.shape[:1] == (n,) else value
+
+
+def mean_over_ranks(numbers: Tensor) -> Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(numbers)
+    return numbers / ranks()
+
+
+def shard(net: nn.Module, blocks: tuple[type, ...]) -> None:
+    """Spread the weights over the ranks (FSDP2), in place; they keep their names."""
+    for layer in net.modules():
+        if isinstance(layer, blocks):
+            fully_shard(layer)
+    fully_shard(net)
+
+
+def ready(net: nn.Module, args: Any, blocks: tuple[type, ...], trained: bool = False) -> nn.Module:
+    """Compile and shard `net` in place, as asked. Returns what to call for gradients, if it is to
+    be trained: on several ranks DDP, which averages them, or `net` that is in shards."""
+    if args.shard:
+        shard(net, blocks)
+    if args.compile:
+        for unit in [m for m in net.modules() if isinstance(m, blocks)] if args.shard else [net]:
+            unit.compile()
+    if ranks() == 1 or args.shard or not trained:
+        return net
+    return DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """The whole `tensor` on the device of `like`, and in shards where that is."""
+    tensor = tensor.to(like.device)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None
+                             ) if isinstance(like, DTensor) else tensor
+
+
+def load_weights(net: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy whole tensors over all weights of `net`, in place, each rank its shards; strictly."""
+    if not any(isinstance(weight, DTensor) for weight in net.parameters()):
+        net.load_state_dict(state, strict=True)
+        return
+    # torch's own function takes missing weights for frozen ones.
+    shapes = {name: weight.shape for name, weight in net.state_dict().items()}
+    if shapes != {name: weight.shape for name, weight in state.items()}:
+        raise ValueError("names or shapes of the weights differ")
+    whole.set_model_state_dict(net, state, options=whole.StateDictOptions(full_state_dict=True))
+
+
+# ------------------------------------------------------------------------------- checkpoints
+
+
+def heed(number: int, _: Any) -> None:
+    """SIGINT and SIGTERM: let the step end, and a checkpoint be written."""
+    ASKED.append(number)
+    signal.signal(number, signal.SIG_DFL)
+    print("\nstopping after this step; once more, and at once", file=sys.stderr)
+
+
+def stop_asked() -> str:
+    """The signal that asks this rank or another to stop; empty where none does."""
+    number = ASKED[0] if ASKED else 0
+    if dist.is_initialized():
+        found = torch.tensor(number)  # on the CPU: the accelerator is not waited for
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        number = int(found)
+    return signal.Signals(number).name if number else ""
+
+
+def save_state(file: File, step: int, nets: dict[str, nn.Module],
+               optimizers: dict[str, torch.optim.Optimizer], **rest: Any) -> None:
+    """Write all that a resumed run needs: networks, the optimizers of those that are trained, by
+    the same names, and the random state. What is not finite never replaces what was good."""
+    sharded = any(isinstance(w, DTensor) for net in nets.values() for w in net.parameters())
+    options = whole.StateDictOptions(full_state_dict=True, cpu_offload=sharded)
+    state = rest | {"step": step, "random": [torch.get_rng_state()]}
+    if torch.cuda.is_available():
+        state["random"].append(torch.cuda.get_rng_state())
+    for name, net in nets.items():
+        state[name] = whole.get_model_state_dict(net, options=options)
+        if not all(weight.isfinite().all() for weight in state[name].values()):
+            raise Refusal(f"a weight of the {name} is not finite at step {step}: try lower "
+                          f"learning rates; {file} is kept as it was")
+    for name, optimizer in optimizers.items():
+        state["adam_" + name] = whole.get_optimizer_state_dict(nets[name], optimizer,
+                                                               options=options)
+    atomically(file, lambda beside: torch.save(state, beside))
+
+
+def load_state(file: File, nets: dict[str, nn.Module],
+               optimizers: dict[str, torch.optim.Optimizer], settings: dict) -> dict:
+    """Go back to what save_state wrote; returns it all. Any number of ranks can read it."""
+    with blame(f"{file} is missing or not a checkpoint of this run: start again with --overwrite"):
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        must_agree(file, state["settings"], settings)
+        for name, net in nets.items():
+            load_weights(net, state[name])
+        for name, optimizer in optimizers.items():
+            whole.set_optimizer_state_dict(
+                nets[name], optimizer, state["adam_" + name],
+                options=whole.StateDictOptions(full_state_dict=True))
+        torch.set_rng_state(state["random"][0].clone())
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["random"][-1].clone())
+    return state
+
+
+def rewind(file: File, step: int) -> None:
+    """Cut a log's lines of later steps, and a torn one."""
+    lines = [line for line in file.read_text().splitlines(True) if line.endswith("\n")]
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    atomically(file, lambda beside: beside.write_text("".join(kept)))
+    barrier()
+
+
+# ---------------------------------------------------------------------------------------- files
 
 
 def peak_memory() -> int:
@@ -313,7 +517,10 @@ def peak_memory() -> int:
 
 
 def atomically(file: File, write: Callable[[File], Any]) -> None:
-    """Write beside `file`, then rename: whatever happens, `file` is whole, the old or the new."""
+    """Write beside `file`, then rename: whatever happens, `file` is whole, the old or the new. Only
+    the first rank writes."""
+    if rank() > 0:
+        return
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with blame(f"cannot write {file}; what it held is kept"):
@@ -327,13 +534,14 @@ def atomically(file: File, write: Callable[[File], Any]) -> None:
 
 
 def save_tensors(file: File, tensors: dict[str, Tensor]) -> None:
-    atomically(file, lambda f: save_file({k: t.contiguous() for k, t in tensors.items()}, f))
+    found = {name: gathered(tensor).contiguous() for name, tensor in tensors.items()}
+    atomically(file, lambda f: save_file(found, f))
 
 
 def load_net(file: File, net: nn.Module, remedy: str = "make it again") -> None:
     """Copy the weights in `file` over those of `net`, in place: all and only those, or Refusal."""
     with blame(f"{file} does not hold this network: {remedy}"):
-        net.load_state_dict(load_file(file), strict=True)
+        load_weights(net, load_file(file))
 
 
 def save_json(file: File, value: Any) -> None:

@@ -120,7 +120,7 @@ def make(preset: str = "tiny", seed: int = 0, device: torch.device | str = "cpu"
         evaluate=evaluate or (lambda student: {}), snapshot=lambda: (kept_z, kept_cond),
         draw=lambda out, path, compare: figures.draw(
             out, path, compare, teacher, lambda net: edm.heun(net, kept_z, kept_cond),
-            evaluate and evaluate.of_halves()))
+            evaluate and evaluate.of_halves()), blocks=(edm.Block,))
 
 
 def generate(student: edm.Denoiser, z: Tensor, cond: Tensor, sigma: float) -> Tensor:

@@ -199,7 +199,7 @@ def difference(net: nn.Module, teacher: nn.Module) -> dict[str, Tensor]:
     """What is stored of a node: its weights less the teacher's, in bfloat16, on the CPU. They keep
     in 16 bits what the weights themselves, rounded to as many, would lose."""
     base = teacher.state_dict()
-    return {MINUS_TEACHER + name: (weight - base[name]).to("cpu", torch.bfloat16)
+    return {MINUS_TEACHER + name: disback.gathered(weight - base[name]).to("cpu", torch.bfloat16)
             for name, weight in net.state_dict().items()}
 
 
@@ -214,6 +214,6 @@ def add_difference(file: Path, net: nn.Module) -> None:
     with disback.blame(f"{file} does not hold this network: record the path again"):
         added = load_file(file)
         for name, weight in net.state_dict().items():
-            weight += added.pop(MINUS_TEACHER + name).to(weight)
+            weight += disback.spread(added.pop(MINUS_TEACHER + name).to(weight.dtype), weight)
         if added:
             raise KeyError(*added)

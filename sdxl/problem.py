@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 import disback
@@ -36,7 +38,7 @@ class Config:
     beta2: float = 0.999  # of Adam, likewise
     weight_decay: float = 0.01  # of AdamW, likewise
     decay: Literal["cosine", "constant"] = "constant"  # of the learning rates, likewise
-    ema: float = 0.9  # decay of the student's moving average
+    ema: float = 0.9  # decay of the student's moving average; 0 keeps none
     save_every: int = 10  # iterations between checkpoints
     log_every: int = 2  # iterations between lines of log.jsonl
 
@@ -100,8 +102,10 @@ def make(preset: str = "tiny", seed: int = 0, device: torch.device | str = "cpu"
 
     def draw(out: Path, path: disback.Path | None, compare: Path | None) -> None:
         local = config.model and folder == Path(config.model)  # whoever serves is elsewhere
-        generate.export(out, folder, config.rank, timestep=config.timestep, size=config.size,
-                        base=str(folder.absolute()) if local else config.model)
+        if disback.rank() == 0:
+            generate.export(out, folder, config.rank, timestep=config.timestep, size=config.size,
+                            base=str(folder.absolute()) if local else config.model)
+        disback.barrier()
         figures.draw(out, path, compare, folder, teacher,
                      lambda net: sample(partial(guide, net), *shown, sigmas),
                      [prompts[i] for i in shown[1]["prompt"]])
@@ -122,7 +126,8 @@ def make(preset: str = "tiny", seed: int = 0, device: torch.device | str = "cpu"
         evaluate=lambda student: evaluate(student, step, shown), draw=draw, snapshot=lambda: shown,
         guide=guide, guide_evals=2, clip=config.clip, disk=memory.path_bytes(teacher, config),
         pack=(lambda net: model.difference(net, teacher)) if halved else None,
-        unpack=model.add_difference if halved else None)
+        unpack=model.add_difference if halved else None,
+        blocks=(BasicTransformerBlock, ResnetBlock2D))
 
 
 def load_teacher(config: Config, folder: Path,

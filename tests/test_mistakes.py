@@ -1,6 +1,7 @@
 """What a user's mistake gets: one line with cause and remedy, status 2, nothing written or lost."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -200,10 +201,12 @@ def test_a_run_that_diverges_stops_with_its_step_and_node_and_keeps_the_last_che
     shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
     update, count = disback.update, 0
 
-    def poisoned(optimizer, loss, *rest):
+    def poisoned(optimizer, *rest):
         nonlocal count
         count += 1
-        update(optimizer, loss * (float("nan") if count > 2 * 9 else 1.0), *rest)
+        if count > 2 * 9:
+            optimizer.param_groups[0]["params"][0].grad.fill_(math.nan)
+        update(optimizer, *rest)
 
     monkeypatch.setattr(disback, "update", poisoned)
     line = refused(capsys, monkeypatch, backtrack.main, ["toy2d", "--out", tmp_path, *BACKTRACK])

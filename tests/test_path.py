@@ -23,7 +23,7 @@ class Shift(nn.Module):
         return x + self.shift
 
 
-SAMPLES = (torch.zeros(4, 2), torch.full((4, 1), 0.5), None)
+SAMPLES = [(torch.zeros(4, 2), torch.full((4, 1), 0.5), None)]
 
 
 def record(folder, nodes=4, steps=20, spacing="linear", place=float, watch=lambda: None, **about):
@@ -55,7 +55,7 @@ def test_after_every_switch_the_targets_weights_are_the_nodes_and_its_answers_ch
     while True:
         expected = load_file(tmp_path / f"{walk.node:02d}.safetensors")["shift"]
         assert torch.equal(target.shift, expected)
-        answers.append(target(*SAMPLES)[0, 0].item())
+        answers.append(target(*SAMPLES[0])[0, 0].item())
         if not walk.step():
             break
     assert answers == [15.0, 10.0, 5.0, 0.0]  # steps 15, 10 and 5, then the teacher
@@ -102,14 +102,6 @@ def test_arc_spacing_divides_the_distance_where_the_network_moves_fast_then_slow
                        place=lambda step: 1 - math.exp(-step / 10))
     assert torch.tensor(linear.about["positions"]).diff().max() > 4 * gaps.mean()
     assert most <= 2 * 5 + 1
-
-
-def test_distances_are_measured_on_samples_that_are_noised_once(tmp_path):
-    torch.manual_seed(0)
-    x0, sigma = torch.ones(5000, 2), torch.full((5000, 1), 3.0)
-    x, level, cond = degrade.Recorder(tmp_path, Shift(), 2, 5, (x0, sigma, "cond")).probe
-    assert abs((x - x0).std().item() - 3) < 0.1 and abs((x - x0).mean().item()) < 0.2
-    assert level is sigma and cond == "cond"
 
 
 @pytest.mark.parametrize("spacing", ["linear", "log"])

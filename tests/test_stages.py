@@ -109,7 +109,8 @@ def test_a_resumed_walk_has_its_node_its_age_and_its_sum_of_mismatches(
 
     monkeypatch.setattr(disback, "Walk", remember)
     backtrack.main(["toy2d", "--out", str(tmp_path), *BACKTRACK, *flags, "--resume"])
-    node, age, mismatch = torch.load(tmp_path / "state.pt", weights_only=True)["walk"]
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    node, age, mismatch = (state[key] for key in ("node", "age", "mismatch"))
     assert node > 0 and age % 3 == 2 and mismatch > 0
     assert (walks[0].node, walks[0].age, walks[0].mismatch) == (node, age, mismatch)
 
@@ -138,9 +139,9 @@ def test_the_fake_starts_at_the_last_node_and_learns_with_the_problems_weight(
         first.append({k: v.clone() for k, v in fake.state_dict().items()})
         return vsd_loss(x0, sigma, fake, *rest)
 
-    def spy_weight(net, x0, sigma, cond, weight):
+    def spy_weight(net, x0, sigma, cond, weight, eps):
         weights.append((sigma, weight))
-        return score_matching(net, x0, sigma, cond, weight)
+        return score_matching(net, x0, sigma, cond, weight, eps)
 
     monkeypatch.setattr(disback, "vsd_loss", spy)
     monkeypatch.setattr(disback, "score_matching_loss", spy_weight)
@@ -265,9 +266,9 @@ def rates(monkeypatch):
     """(optimizer, learning rate) of every update."""
     update, seen = disback.update, []
 
-    def spy(optimizer, loss, lr, *rest):
+    def spy(optimizer, lr, *rest):
         seen.append((optimizer, lr))
-        update(optimizer, loss, lr, *rest)
+        update(optimizer, lr, *rest)
 
     monkeypatch.setattr(disback, "update", spy)
     return seen
@@ -292,9 +293,9 @@ def test_stage_1_learns_at_its_own_rate_with_the_problems_weight(tmp_path, monke
 
     score_matching, weights = disback.score_matching_loss, []
 
-    def spy(net, x0, sigma, cond, weight=1.0):
+    def spy(net, x0, sigma, cond=None, weight=1.0, eps=None):
         weights.append((sigma, weight))
-        return score_matching(net, x0, sigma, cond, weight)
+        return score_matching(net, x0, sigma, cond, weight, eps)
 
     monkeypatch.setattr(disback, "score_matching_loss", spy)
     degrade.main(["toy2d", "--out", str(tmp_path), *DEGRADE, "--lr-degrade", "5e-3"])
@@ -307,7 +308,7 @@ def test_the_weighting_and_the_momentum_are_those_asked_for(
         recorded, tmp_path, no_figures, monkeypatch, rates):
     vsd_loss, weightings = disback.vsd_loss, set()
     monkeypatch.setattr(disback, "vsd_loss",
-                        lambda *args: weightings.add(args[-1]) or vsd_loss(*args))
+                        lambda *args: weightings.add(args[5]) or vsd_loss(*args))
     backtracked(recorded, tmp_path, "--weighting", "dmd", "--beta1", "0.3", "--beta2", "0.7",
                 "--weight-decay", "0.1")
     assert weightings == {"dmd"}

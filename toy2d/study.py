@@ -9,7 +9,7 @@ evaluations: what stage 1 takes, stage 2 lacks.
 
 import argparse
 import contextlib
-import copy
+import dataclasses
 import fcntl
 import hashlib
 import io
@@ -25,7 +25,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -75,7 +74,7 @@ HALVES = ("ring-8-eps", "ring-28-eps", "poor-8-eps")  # cells where the mismatch
 ABLATION = (*list(ARMS)[2:10], *CONSTANT_WALK)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Grid:
     """What is run: the arms of each cell, and its budget in iterations of plain VSD."""
 
@@ -249,20 +248,21 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def spy(measure: bool) -> Iterator[list[tuple[int, float, float]]]:
-    """In the place of backtrack.py's checkpoints, which nobody would resume: both halves of the
+    """In the place of the stages' checkpoints, which nobody would resume: both halves of the
     mismatch, (step, teacher's, fake's), measured there if `measure`."""
     found: list[tuple[int, float, float]] = []
 
-    def instead(out: Path, parts: dict, walk: disback.Walk, settings: dict, step: int, _) -> None:
-        if measure:
-            teacher = copy.deepcopy(walk.target)
-            if walk.path:
-                walk.path.load(0, teacher)
-            data = getattr(mixture, settings["data"])()
-            found.append((step, *halves(teacher, parts["fake"], parts["student"], data,
-                                        settings["sigma_max"])))
+    def instead(file: Path, step: int, nets: dict, optimizers: dict, settings: dict, **_) -> None:
+        if measure and "fake" in nets:
+            fields = [field.name for field in dataclasses.fields(problem.Config)]
+            config = problem.Config(**{name: settings[name] for name in fields})
+            data = getattr(mixture, config.data)()
+            with torch.random.fork_rng(devices=[]):
+                teacher, _ = problem.trained_teacher(config, data)
+            found.append((step, *halves(teacher, nets["fake"], nets["student"], data,
+                                        config.sigma_max)))
 
-    with replaced(backtrack, "save_state", instead):
+    with replaced(disback, "save_state", instead):
         yield found
 
 
