@@ -119,9 +119,13 @@ def main(argv: list[str]) -> None:
         if save or step % config.log_every == 0:
             mean_fake, mean_mismatch = (totals / (step - since)).tolist()
             totals, since = torch.zeros_like(totals), step
+            spread = torch.cat([x0 for x0, _ in samples]).std(0, correction=0).mean()
             disback.log(log, step, walk.node, loss_fake=mean_fake, mismatch=mean_mismatch,
+                        spread=disback.mean_over_ranks(spread).item(),
                         network_evals=evals_a_step * step, seconds=time.perf_counter() - began,
                         **problem.evaluate(ema))
+            if disback.rank() == 0 and (warning := disback.alarm(log)):
+                progress.write(f"warning: {warning} (iteration {step})", file=sys.stderr)
             progress.set_postfix(node=walk.node, mismatch=f"{mean_mismatch:.3g}")
         if walk.step(numbers[1]) or save:
             snapshot(step)

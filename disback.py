@@ -39,7 +39,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as whole
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -337,6 +337,21 @@ def log(file: File, step: int, node: Any, **numbers: float) -> None:
             handle.write(json.dumps({"step": step, "node": node, **numbers}) + "\n")
 
 
+def alarm(file: File) -> str:
+    """What the last line of a log is the first to show of a run that is about to be lost: samples
+    whose spread has shrunk to a tenth, or a mismatch ten times that of the start. Else empty."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+
+    def lost(upto: int) -> str:
+        mismatch, spread = ([row[name] for row in rows[:upto]] for name in ("mismatch", "spread"))
+        if upto > 3 and mismatch[-1] > 10 * max(mismatch[:3]):
+            return f"the mismatch degree has grown to {mismatch[-1]:.3g}: lower learning rates"
+        collapsed = upto > 0 and spread[-1] < max(spread) / 10
+        return f"the samples' spread has shrunk to {spread[-1]:.3g}" if collapsed else ""
+
+    return "" if lost(len(rows) - 1) else lost(len(rows))
+
+
 def update(optimizer: torch.optim.Optimizer, lr: float, clip: float = math.inf) -> None:
     """One step of the optimizer down the gradients, whose norm is cut to `clip`."""
     for group in optimizer.param_groups:
@@ -402,7 +417,8 @@ def shard(net: nn.Module, blocks: tuple[type, ...]) -> None:
     for layer in net.modules():
         if isinstance(layer, blocks):
             fully_shard(layer)
-    fully_shard(net)
+    # Without this the last answer's whole weights would stay, and the next ones be given by them.
+    fully_shard(net, reshard_after_forward=True)
 
 
 def ready(net: nn.Module, args: Any, blocks: tuple[type, ...], trained: bool = False) -> nn.Module:
@@ -415,7 +431,7 @@ def ready(net: nn.Module, args: Any, blocks: tuple[type, ...], trained: bool = F
             unit.compile()
     if ranks() == 1 or args.shard or not trained:
         return net
-    return DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(net, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -431,7 +447,7 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
 
 def load_weights(net: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy whole tensors over all weights of `net`, in place, each rank its shards; strictly."""
-    if not any(isinstance(weight, DTensor) for weight in net.parameters()):
+    if not isinstance(net, FSDPModule):
         net.load_state_dict(state, strict=True)
         return
     # torch's own function takes missing weights for frozen ones.
@@ -465,7 +481,7 @@ def save_state(file: File, step: int, nets: dict[str, nn.Module],
                optimizers: dict[str, torch.optim.Optimizer], **rest: Any) -> None:
     """Write all that a resumed run needs: networks, the optimizers of those that are trained, by
     the same names, and the random state. What is not finite never replaces what was good."""
-    sharded = any(isinstance(w, DTensor) for net in nets.values() for w in net.parameters())
+    sharded = any(isinstance(net, FSDPModule) for net in nets.values())
     options = whole.StateDictOptions(full_state_dict=True, cpu_offload=sharded)
     state = rest | {"step": step, "random": [torch.get_rng_state()]}
     if torch.cuda.is_available():

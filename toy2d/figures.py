@@ -183,9 +183,10 @@ def draw_gif(file: Path, nodes: list[Tensor], snapshots: list, points: Tensor) -
         axis.set_title(f"iteration {step}: to " + (f"node {node}" if node else "the teacher"))
 
     animation = FuncAnimation(figure, show, frames=len(snapshots) + 10)  # rest on the last
-    beside = file.with_name("beside.gif")
-    animation.save(beside, writer=PillowWriter(fps=6), dpi=80)
-    beside.replace(file)
+    if disback.rank() == 0:
+        beside = file.with_name("beside.gif")
+        animation.save(beside, writer=PillowWriter(fps=6), dpi=80)
+        beside.replace(file)
     plt.close(figure)
 
 
@@ -208,7 +209,5 @@ def frame(x: Tensor) -> tuple[float, float]:
 
 
 def save(figure: plt.Figure, file: Path) -> None:
-    beside = file.with_name(f"beside-{file.name}")
-    figure.savefig(beside, dpi=110)
-    beside.replace(file)
+    disback.atomically(file, lambda beside: figure.savefig(beside, dpi=110, format="png"))
     plt.close(figure)

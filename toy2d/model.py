@@ -4,11 +4,23 @@ import torch
 from torch import Tensor, nn
 
 
-def mlp(inputs: int, width: int, depth: int) -> nn.Sequential:
+class Perceptron(nn.Sequential):
+    """With `bf16` it computes in that; its weights and its answers are float32 all the same."""
+
+    bf16 = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.bf16:
+            return super().forward(x)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return super().forward(x).float()
+
+
+def mlp(inputs: int, width: int, depth: int) -> Perceptron:
     """`depth` hidden layers of `width` units, from [n, inputs] to [n, 2]."""
     sizes = [inputs] + depth * [width]
     hidden = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.SiLU())]
-    return nn.Sequential(*hidden, nn.Linear(width, 2))
+    return Perceptron(*hidden, nn.Linear(width, 2))
 
 
 class Denoiser(nn.Module):

@@ -41,6 +41,7 @@ class Config:
     save_every: int = 100  # iterations between checkpoints
     log_every: int = 25  # iterations between lines of log.jsonl
 
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks' arithmetic; weights are fp32
     data: Literal["ring", "grid", "uneven"] = "ring"  # the mixture, see mixture.py
     start: Literal["off", "teacher"] = "off"  # untrained and off the data, or the teacher's copy
     distance: float = 8.0  # from the origin to an untrained student; the data reach to 2.5
@@ -104,6 +105,10 @@ def make(preset: str = "ring", seed: int = 0, device: torch.device | str = "cpu"
     torch.manual_seed(seed)
     student = (Untrained(config) if config.start == "off"
                else TeacherCopy(copy.deepcopy(teacher), config.start_sigma))
+
+    for layer in (*teacher.modules(), *student.modules()):
+        if isinstance(layer, model.Perceptron):
+            layer.bf16 = config.precision == "bf16"
 
     def sample_inputs(n: int) -> tuple[Tensor, None]:
         return torch.randn(n, 2).to(device), None

@@ -90,7 +90,7 @@ FULL = Grid({name: MAP_ARMS for name in CELLS} | {
     "ring-8-eps": (*MAP_ARMS, *ABLATION[:7]), "poor-8-eps": tuple(ARMS)},
     {name: 600 for name in CELLS} | {"grid-28-eps": 1000, "short-8-eps": 300},
     ((3e-3, 3e-3), (6e-3, 6e-3), (1.2e-2, 1.2e-2), (2.4e-2, 2.4e-2), (6e-3, 1.2e-2)),
-    tuple(range(100, 105)), tuple(range(10)))
+    tuple(range(100, 103)), tuple(range(10)))
 QUICK = Grid({"ring-copy-eps": MAP_ARMS, "ring-8-eps": MAP_ARMS, "ring-28-eps": MAP_ARMS,
               "poor-8-eps": (*MAP_ARMS, "vsd", "degraded_fake", "adaptive", "forward", "n3_i33")},
              {name: 400 for name in CELLS}, FULL.rates[1:4], (100, 101), (0, 1, 2))
@@ -201,7 +201,9 @@ def settings(grid: Grid, cell: str, arm: str) -> str:
     """All flags but seed, rates and the steps, and a hash of the values of those not given."""
     flags = CELLS[cell] | dict(grid.flags) | ARMS[arm]
     flags |= {"stage1": STAGE1["steps"], "budget": grid.budget[cell]}
-    defaults = hashlib.sha256(repr(problem.PRESETS).encode()).hexdigest()[:8]
+    # A field that came later changes nothing at its default.
+    presets = repr(problem.PRESETS).replace("precision='fp32', ", "")
+    defaults = hashlib.sha256(presets.encode()).hexdigest()[:8]
     return " ".join([f"defaults={defaults}", *(f"{name}={flags[name]}" for name in flags)])
 
 
