@@ -1,0 +1,163 @@
+"""A run that is stopped anywhere, politely or not, goes on to the same bits."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import BACKTRACK, DEGRADE, ROOT
+from safetensors.torch import load_file
+
+import backtrack
+import degrade
+import disback
+
+STAGE1 = ["toy2d", *DEGRADE, "--save-every", "6"]
+
+
+def same_path(one, other):
+    """Node for node the same bits, recorded at the same steps and at the same cost."""
+    about = [{k: v for k, v in disback.Path(out / "path").about.items() if k != "seconds"}
+             for out in (one, other)]
+    files = [sorted(file.name for file in (out / "path").iterdir()) for out in (one, other)]
+    return about[0] == about[1] and files[0] == files[1]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A stage 1 that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    degrade.main([*STAGE1, "--out", str(out)])
+    return out
+
+
+def interrupt_at(monkeypatch, owner, name, call):
+    """Make the `call`-th call of owner.name, counted from 1, end the run as SIGKILL would."""
+    original, calls = getattr(owner, name), 0
+
+    def counted(*args, **keywords):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+        return original(*args, **keywords)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+@pytest.mark.parametrize("owner, name, call", [
+    (disback, "update", 8),  # after the first checkpoint
+    (disback, "update", 15),
+    (disback, "save_state", 2),
+    (disback, "save_state", 5),
+    (disback, "save_tensors", 13),
+    (os, "replace", 27),
+    (os, "replace", 32),  # in the middle of numbering the nodes
+    (os, "replace", 35),  # path.json
+    (disback, "sha256", 3)])
+def test_stage_1_resumes_to_the_same_bits_wherever_it_was_cut_off(
+        whole, tmp_path, monkeypatch, owner, name, call):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, owner, name, call)
+        with pytest.raises(KeyboardInterrupt):
+            degrade.main([*STAGE1, "--out", str(tmp_path)])
+    degrade.main([*STAGE1, "--out", str(tmp_path), "--resume"])
+    assert same_path(whole, tmp_path)
+    steps = [json.loads(line)["step"] for line in
+             (tmp_path / "path" / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_a_finished_stage_1_is_left_as_it_is_by_resume(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(SystemExit) as ended:
+        degrade.main([*STAGE1, "--out", str(tmp_path), "--resume"])
+    assert ended.value.code is None and "recorded already" in capsys.readouterr().out
+    assert same_path(whole, tmp_path)
+
+
+def test_stage_1_refuses_the_checkpoint_of_other_flags_and_a_broken_one(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, disback, "update", 15)
+        with pytest.raises(KeyboardInterrupt):
+            degrade.main([*STAGE1, "--out", str(tmp_path)])
+    state = tmp_path / "path" / "state.pt"
+    with pytest.raises(disback.Refusal, match="lr_degrade 0.002, not 0.5"):
+        degrade.main([*STAGE1, "--out", str(tmp_path), "--resume", "--lr-degrade", "0.5"])
+    kept = state.read_bytes()
+    for broken in (kept[:-1000], kept[:100], b""):
+        state.write_bytes(broken)
+        with pytest.raises(disback.Refusal, match="state.pt"):
+            degrade.main([*STAGE1, "--out", str(tmp_path), "--resume"])
+        assert state.read_bytes() == broken
+    with pytest.raises(disback.Refusal, match="state.pt"):
+        degrade.main([*STAGE1, "--out", str(tmp_path / "nothing"), "--resume"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(
+        recorded, tmp_path, no_figures, number):
+    argv = ["toy2d", *BACKTRACK, "--steps", "900", "--save-every", "900", "--interval", "20",
+            "--out", str(tmp_path)]
+    shutil.copytree(recorded / "path", tmp_path / "path")
+    run = subprocess.Popen([sys.executable, "backtrack.py", *argv], cwd=ROOT, text=True,
+                           stderr=subprocess.PIPE)
+    while not (tmp_path / "log.jsonl").exists():
+        time.sleep(0.02)
+        assert run.poll() is None
+    run.send_signal(number)
+    said = run.communicate(timeout=120)[1]
+    step = torch.load(tmp_path / "state.pt", weights_only=True)["step"]
+    assert 10 <= step < 900 and run.returncode == 1
+    assert f"stopped by {number.name} after step {step}: --resume" in said
+    assert "Traceback" not in said
+    backtrack.main([*argv, "--resume"])
+    resumed = load_file(tmp_path / "student.safetensors")
+    log = (tmp_path / "log.jsonl").read_text()
+    argv[-1] = str(tmp_path / "whole")
+    backtrack.main([*argv, "--path", str(recorded / "path")])
+    expected = load_file(tmp_path / "whole" / "student.safetensors")
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    numbers = [[{k: v for k, v in json.loads(line).items() if k != "seconds"}
+                for line in text.splitlines()]
+               for text in (log, (tmp_path / "whole" / "log.jsonl").read_text())]
+    assert numbers[0] == numbers[1]  # the means of the interval in which it was stopped, too
+
+
+def rows(mismatch, spread):
+    return [json.dumps({"mismatch": m, "spread": s}) + "\n" for m, s in zip(mismatch, spread)]
+
+
+@pytest.mark.parametrize("mismatch, spread, warning", [
+    ([0.2, 0.5, 0.3, 0.1, 0.05], [1, 2, 2, 2, 2], ""),
+    ([0.2, 0.5, 0.3, 0.1, 5.1], [1, 2, 2, 2, 2], "mismatch degree has grown to 5.1"),
+    ([0.2, 0.5, 0.3, 5.1, 6.0], [1, 2, 2, 2, 2], ""),  # it was said a line before
+    ([0.2, 9.0], [1, 2], ""),  # the start
+    ([0.2, 0.5, 0.3, 0.1, 0.1], [0.1, 2, 2, 2, 0.19], "spread has shrunk to 0.19"),
+    ([0.2, 0.5, 0.3, 0.1, 0.1], [0, 0, 0, 0, 0], "")])  # one sample has none
+def test_the_alarm_is_raised_once_for_a_mismatch_that_grows_and_for_samples_that_collapse(
+        tmp_path, mismatch, spread, warning):
+    (tmp_path / "log.jsonl").write_text("".join(rows(mismatch, spread)))
+    assert warning in disback.alarm(tmp_path / "log.jsonl")
+    assert bool(warning) == bool(disback.alarm(tmp_path / "log.jsonl"))
+
+
+def test_a_run_that_goes_astray_warns_before_it_is_lost(
+        tmp_path, capsys, no_figures, monkeypatch):
+    update, calls = disback.update, 0
+
+    def rash(optimizer, lr, *rest):
+        nonlocal calls
+        calls += 1
+        update(optimizer, lr * (1 if calls < 80 else 3e3), *rest)
+
+    monkeypatch.setattr(disback, "update", rash)
+    backtrack.main(["toy2d", "--out", str(tmp_path), *BACKTRACK, "--target", "teacher",
+                    "--steps", "60", "--log-every", "5"])
+    said = capsys.readouterr().err
+    assert said.count("warning: the mismatch degree has grown") == 1
