@@ -246,13 +246,13 @@ def draw_halves(grid: study.Grid, lines: Lines) -> plt.Figure | None:
 def draw_ablation(grid: study.Grid, lines: Lines) -> plt.Figure | None:
     """(d) Final SWD, and evaluations to twice tuned VSD's final SWD, of every arm."""
     cells = [cell for cell, arms in grid.arms.items() if len(arms) > 2 and any(
-        judged(grid, lines, cell, arm) for arm in arms)]
+        compare(grid, lines, cell, arm) for arm in arms)]
     if not cells:
         return None
     figure, axes = plt.subplots(len(cells), 2, figsize=(10.5, 0.6 + 4.2 * len(cells)),
                                 layout="constrained", squeeze=False, sharey="row")
     for (left, right), cell in zip(axes, cells):
-        arms = [arm for arm in NAMES if judged(grid, lines, cell, arm)]
+        arms = [arm for arm in NAMES if compare(grid, lines, cell, arm)]
         ends = [median_interval([study.final_swd(line) for line in judged(grid, lines, cell, arm)])
                 for arm in arms]
         shares = [compare(grid, lines, cell, arm, 2.0)["share"] for arm in arms]
