@@ -1,91 +1,239 @@
-"""What an iteration of backtrack.py costs beside its networks alone: python -m toy2d.bench
+"""What an iteration of backtrack.py costs, and where its time goes: python -m toy2d.bench
 
-Runs the stage itself, plain VSD at the default size, for 1,000 and for 10,000 iterations (about a
-minute), and prints times and memory. No other work should run on the machine meanwhile.
+The stage itself runs, plain VSD on networks of random weights, whose arithmetic is that of trained
+ones: nothing is downloaded, trained, evaluated or saved. Then its networks' forwards and backwards
+are timed alone. F is one forward of the score network on one sample; a backward counts 2. No other
+work should run on the machine meanwhile. imagenet64.bench and sdxl.bench are the same on theirs.
 """
 
+import argparse
+import contextlib
 import copy
-import json
-import subprocess
-import sys
+import dataclasses
+import functools
+import gc
+import importlib
+import io
+import math
 import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+import backtrack
 import disback
-from toy2d import problem
+from toy2d import model, problem
+
+# TFLOP/s in dense bf16, by the data sheets. The product of two large random matrices was seen to
+# attain four fifths of it, 790 on an H200.
+PEAK = {"NVIDIA H100 80GB HBM3": 990, "NVIDIA H200": 990, "NVIDIA A100-SXM4-40GB": 312,
+        "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100-PCIE-40GB": 312, "NVIDIA A100 80GB PCIe": 312}
+ROUNDS = 3  # that are timed, after one that is not; the fastest counts
+RANDOM = [mock.patch.object(problem, "trained_teacher", lambda config, data: (
+    model.Denoiser(config.width, config.depth, config.sigma_data), "random"))]
 
 
-def milliseconds(work: Callable[[], object], repeats: int) -> float:
-    """The least of 5 means over `repeats` calls, after a warm-up."""
+class Enough(Exception):
+    """Ends the stage from within, before it saves anything."""
+
+
+def now() -> float:
+    """Seconds, once the device has done all that it was told to."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def make(argv: Sequence[str]) -> disback.Problem:
+    return disback.start("backtrack", "", argv, **backtrack.FLAGS)[1]
+
+
+def stage(argv: Sequence[str], every: int, rounds: int, mark: Callable[[], float],
+          prepare: Callable = lambda made: None) -> list[float]:
+    """Run backtrack.py's loop, and return by how much mark() grew in each of `rounds` times `every`
+    iterations, after as many that do not count. It is called in place of the evaluation, which is
+    once a line of the log. prepare(problem) comes before anything else."""
+    module, marks = importlib.import_module(f"{argv[0]}.problem"), []
+    original = module.make
+
+    def evaluate(student):
+        marks.append(mark())
+        if len(marks) > rounds:
+            raise Enough
+        return {}
+
+    def made(*args, **changes):
+        real = original(*args, **changes)
+        prepare(real)
+        return dataclasses.replace(
+            real, evaluate=evaluate, snapshot=lambda: real.sample_inputs(1))
+
+    with (tempfile.TemporaryDirectory() as out, mock.patch.object(module, "make", made),
+          contextlib.suppress(Enough)):
+        # Small learning rates keep random networks finite, however many the iterations.
+        backtrack.main([*argv, "--target", "teacher", "--out", out, "--log-every", str(every),
+                        "--steps", str(every * (1 + rounds)), "--save-every", str(10**9),
+                        "--lr-student", "1e-9", "--lr-fake", "1e-9"])
+    return [after - before for before, after in zip(marks, marks[1:])]
+
+
+def evaluations(argv: Sequence[str]) -> tuple[float, int, float]:
+    """F of an iteration of the stage for each sample of its batch, counted by hooks on all its
+    networks; the least that the method needs, 4k + 4 for k updates of the fake and one more where
+    the target is guided; and the FLOPs of an F, a multiply-add counting 2."""
+    spent = []
+
+    def count(net, args, x0):
+        spent.append(len(x0))
+        if x0.requires_grad:
+            x0.register_hook(lambda gradient: spent.append(2 * len(gradient)))
+
+    def prepare(made):  # the fake is a copy, with the hook
+        made.teacher.register_forward_hook(count)
+        made.student.register_forward_hook(count)
+
+    (evals,) = stage(argv, 1, 1, lambda: sum(spent), prepare)
+    made = make(argv)
+    n, k = made.config.batch, made.config.fake_updates
+    (z, cond), sigma = made.sample_inputs(n), made.sample_sigma(n)
+    # The counter knows attention's kernels on CUDA only, but the plain products everywhere.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        made.teacher(z, sigma, cond)
+    return evals / n, 4 * k + 3 + made.guide_evals, counter.get_total_flops() / n
+
+
+def alone(made: disback.Problem, compiled: bool, repeats: int) -> dict[str, float]:
+    """Milliseconds of an iteration's parts, each by itself, as often as an iteration has it."""
+    n, k, without = made.config.batch, made.config.fake_updates, torch.no_grad()
+    target, student, fake = made.teacher, made.student, copy.deepcopy(made.teacher)
+    if compiled:
+        for net in (target, student, fake):
+            net.compile(dynamic=False)
+    (z, cond), sigma = made.sample_inputs(n), made.sample_sigma(n)
+    x = z * (1 + sigma**2).sqrt()
+    adam = torch.optim.AdamW(fake.parameters(), lr=1e-9, fused=True)
+
+    def backward(net, x0):
+        net.zero_grad()
+        x0.mean().backward()
+
+    def optimize():
+        if made.clip < math.inf:
+            torch.nn.utils.clip_grad_norm_(fake.parameters(), made.clip)
+        adam.step()
+
+    works = {
+        "student: forward and backward":
+            (lambda: backward(student, made.generate(student, z, cond)), 1),
+        "fake: forward": (without(lambda: fake(x, sigma, cond)), 1),
+        "target: forward, guided if so": (without(lambda: made.guide(target, x, sigma, cond)), 1),
+        "fake: forwards and backwards": (lambda: backward(fake, fake(x, sigma, cond)), k),
+        "fresh samples: forwards": (without(lambda: made.generate(student, z, cond)), k - 1),
+        "optimizers: clipping, AdamW": (optimize, 1 + k)}
+    return {name: milliseconds(work, repeats) * times if times else 0.0
+            for name, (work, times) in works.items()}
+
+
+def milliseconds(work: Callable[[], Any], repeats: int) -> float:
+    """The least of the means over `repeats` calls."""
     means = []
-    for _ in range(6):
-        began = time.perf_counter()
+    for _ in range(1 + ROUNDS):
+        began = now()
         for _ in range(repeats):
             work()
-        means.append((time.perf_counter() - began) / repeats * 1e3)
+        means.append((now() - began) / repeats * 1e3)
     return min(means[1:])
 
 
-def networks_alone(made: disback.Problem, repeats: int) -> tuple[float, float]:
-    """Milliseconds of one forward of the score network, and of all forwards and backwards of an
-    iteration with one update of the fake, in their order and nothing else: student, fake, target,
-    student's backward, fake both. On the CPU: nothing waits for another device."""
-    n, target, fake = made.config.batch, made.teacher, copy.deepcopy(made.teacher)
-    z, cond = made.sample_inputs(n)
-    sigma = made.sample_sigma(n)
-    x = made.generate(made.student, z, cond).detach()
-
-    def forward():
-        with torch.no_grad():
-            target(x, sigma, cond)
-
-    def iteration():
-        x0 = made.generate(made.student, z, cond)
-        with torch.no_grad():
-            fake(x, sigma, cond), target(x, sigma, cond)
-        x0.mean().backward()
-        fake(x, sigma, cond).mean().backward()
-
-    return milliseconds(forward, repeats), milliseconds(iteration, repeats)
-
-
-def backtrack(name: str, steps: int) -> tuple[dict, float]:
-    """metrics.json of a run in a process of its own, and milliseconds that a tenth of it took: the
-    least of its last 5, each with one evaluation and one checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
-        every = str(steps // 10)
-        subprocess.run([sys.executable, "backtrack.py", name, "--target", "teacher", "--out",
-                        folder, "--steps", str(steps), "--log-every", every, "--save-every", every],
-                       cwd=Path(__file__).parent.parent, check=True, capture_output=True)
-        lines = (Path(folder) / "log.jsonl").read_text().splitlines()
-        metrics = disback.load_json(Path(folder) / "metrics.json", "")
-    at = [json.loads(line)["seconds"] for line in lines[-6:]]
-    return metrics, min(b - a for a, b in zip(at, at[1:])) * 1e3
+def column(argv: Sequence[str], flags: Sequence[str], evals: float, flops: float, compiled: bool,
+           every: int) -> dict[str, str]:
+    """The numbers of a batch size; `flags` are for the stage that is timed alone."""
+    free()
+    iteration = min(stage([*argv, *flags], every, ROUNDS, now)) / every * 1e3
+    memory = disback.peak_memory()
+    free()
+    made = make(argv)
+    parts, batch = alone(made, compiled, every), made.config.batch
+    networks = sum(parts.values()) - parts["optimizers: clipping, AdamW"]
+    rate = batch * evals * flops / iteration / 1e9
+    peak = PEAK.get(device()) if getattr(made.config, "precision", "") == "bf16" else None
+    times = parts | {"the rest": iteration - sum(parts.values()),
+                     "all forwards and backwards": networks, "an iteration": iteration}
+    return {"batch": str(batch), **{f"{name}, ms": f"{ms:,.3f}" for name, ms in times.items()},
+            "  / all forwards and backwards": f"{iteration / networks:.2f}",
+            "  / (F x the fake's forward)": f"{iteration / evals / parts['fake: forward']:.2f}",
+            "images a second": f"{batch / iteration * 1e3:,.4g}", "TFLOP/s": f"{rate:.3g}",
+            "  / the peak": f"{rate / peak:.1%}" if peak else "-",
+            "peak memory, GB": f"{memory / 1e9:.2f}"}
 
 
-def report(name: str, made: disback.Problem, repeats: int, short: int, long: int) -> None:
-    """Print the table of a problem: times from the long run, memory of both."""
-    one, alone = networks_alone(made, repeats)
-    few, _ = backtrack(name, short)
-    many, tenth = backtrack(name, long)
-    evaluation = milliseconds(lambda: made.evaluate(made.student), 1)
-    iteration = (tenth - evaluation) / (long / 10)
-    batch = made.config.batch
-    evals = many["network_evals"]["stage2"] / many["steps"] / batch
-    print(f"one forward of the score network, batch {batch:<10} {one:8.3f} ms")
-    print(f"forwards and backwards of an iteration alone      {alone:8.3f} ms")
-    print(f"an iteration of backtrack.py                      {iteration:8.3f} ms")
-    print(f"  / its forwards and backwards alone              {iteration / alone:8.2f}")
-    print(f"  / {evals:.0f} evaluations of one forward's time          "
-          f"{iteration / evals / one:8.2f}")
-    for steps, run in ((short, few), (long, many)):
-        print(f"peak memory after {steps:6,} iterations           "
-              f"{run['peak_memory_bytes'] / 2**20:8.1f} MiB")
+def free() -> None:
+    """Give back what was left on the device, and count its peak anew."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def device() -> str:
+    threads = torch.get_num_threads()
+    return (torch.cuda.get_device_name() if torch.cuda.is_available()
+            else f"CPU, {threads} thread{'s' * (threads > 1)}")
+
+
+def stage_compiles() -> bool:
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        backtrack.main(["--help"])
+    return "--no-compile" in text.getvalue()
+
+
+def report(argv: Sequence[str], batches: list, compiled: bool, every: int) -> None:
+    """Print the table: a row for each number, a column for each batch size."""
+    flags, eager = ([flag] * stage_compiles() for flag in (
+        "--compile" if compiled else "--no-compile", "--no-compile"))
+    evals, least, flops = evaluations([*argv, *batches[0], *eager])
+    columns = []
+    for batch in batches:
+        if compiled:  # else from the second batch size on it would make code for any
+            torch.compiler.reset()
+        try:
+            columns.append(column([*argv, *batch], flags, evals, flops, compiled, every))
+        except torch.OutOfMemoryError:
+            columns.append(defaultdict(lambda: "-", {"batch": "".join(batch[1:]),
+                                                     "peak memory, GB": "too large"}))
+    print(*argv, "on", device(), "with torch", torch.__version__,
+          "compiled" if compiled else "not compiled",
+          "(but the stage is not)" * (compiled and not flags))
+    print(f"{evals:g} F an iteration, {least} is the least; F is {flops / 1e9:.4g} GFLOP")
+    for row in max(columns, key=len):
+        print(f"{row:40}" + "".join(f"{column[row]:>12}" for column in columns))
+
+
+def main(name: str, random: list, every: int, argv: Sequence[str]) -> None:
+    """Print the table of a problem; `random` patches it to have a teacher of random weights."""
+    parser = argparse.ArgumentParser(f"python -m {name}.bench", allow_abbrev=False, epilog=(
+        f"All other flags are those of backtrack.py {name}."))
+    parser.error = disback.refuse
+    parser.add_argument("--batch", type=int, nargs="+", help="a column each; default: preset's")
+    parser.add_argument("--iterations", type=int, default=every,
+                        help="of which the mean is taken, three times (default: %(default)s)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="on by default "
+                        "on CUDA", default=torch.cuda.is_available())
+    args, others = parser.parse_known_args(argv)
+    if args.iterations < 1:
+        disback.refuse(f"--iterations must be at least 1, not {args.iterations}")
+    batches = [["--batch", str(n)] for n in args.batch or []] or [[]]
+    with contextlib.ExitStack() as patched:
+        for patch in random:
+            patched.enter_context(patch)
+        report([name, *others], batches, args.compile, args.iterations)
 
 
 if __name__ == "__main__":
-    report("toy2d", problem.make(), repeats=500, short=1000, long=10_000)
+    disback.run(functools.partial(main, "toy2d", RANDOM, 500))

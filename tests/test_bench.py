@@ -1,0 +1,177 @@
+"""The benchmarks: what they count is right, and they need neither a file nor the network."""
+
+import functools
+import sys
+
+import pytest
+import torch
+from conftest import SMALL
+
+import disback
+from imagenet64 import bench as imagenet64_bench
+from imagenet64 import problem as imagenet64
+from sdxl import bench as sdxl_bench
+from sdxl import memory, tiny
+from toy2d import bench
+
+RANDOM = {"toy2d": bench.RANDOM, "imagenet64": imagenet64_bench.RANDOM, "sdxl": sdxl_bench.RANDOM}
+TOY = ["toy2d", *SMALL]
+FULL = ["--preset", "full", "--batch", "1"]
+PARTS = {"student: forward and backward": 60, "fake: forward": 20,
+         "target: forward, guided if so": 20, "fake: forwards and backwards": 50,
+         "fresh samples: forwards": 10, "optimizers: clipping, AdamW": 15}  # milliseconds
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch, tmp_path):
+    """A cache that is not there; and a round is enough, as no time is looked at."""
+    monkeypatch.setenv("DISBACK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    yield
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.fixture
+def random(request):
+    """Makes the teachers random, as the benchmarks do."""
+    for patch in sum(RANDOM.values(), []):
+        patch.start()
+        request.addfinalizer(patch.stop)
+
+
+@pytest.fixture
+def small_full(monkeypatch):
+    """The full presets, bf16 and all, on networks small enough for the tests."""
+    small = imagenet64.NETWORKS["digits"] | dict(img_channels=3, label_dim=1000)
+    monkeypatch.setitem(imagenet64.NETWORKS, "imagenet", small)
+    monkeypatch.setattr(memory, "BASE", dict(tiny.unet().config))
+
+
+def table(capsys, name, *argv):
+    """The two lines that a benchmark prints first, and the numbers below by the rows' names."""
+    bench.main(name, RANDOM[name], 1, argv)
+    first, second, *rows = capsys.readouterr().out.replace(",", "").splitlines()
+    return first, second, {row[:40].strip(): [row[i:i + 12].strip() for i in range(
+        40, len(row), 12)] for row in rows}
+
+
+@pytest.mark.parametrize("argv, evals", [
+    ([*TOY, "--fake-updates", "1", "--batch", "3"], 8),
+    ([*TOY, "--fake-updates", "5", "--batch", "3"], 24),
+    (["sdxl", "--fake-updates", "2", "--batch", "2"], 13)])
+def test_an_iteration_costs_the_bound(random, argv, evals):
+    spent, least, _ = bench.evaluations(argv)
+    assert spent == least == evals
+
+
+def test_a_forward_more_is_counted(random, monkeypatch):
+    vsd_loss = disback.vsd_loss
+
+    def wasteful(x0, sigma, fake, target, cond, weighting):
+        target(x0.detach(), sigma, cond).mean().backward()
+        return vsd_loss(x0, sigma, fake, target, cond, weighting)
+
+    monkeypatch.setattr(disback, "vsd_loss", wasteful)
+    spent, least, _ = bench.evaluations([*TOY, "--batch", "3"])
+    assert spent == 8 + 3 and least == 8
+
+
+def test_the_flops_of_an_mlp_are_two_a_weight(random):
+    _, _, flops = bench.evaluations([*TOY, "--batch", "3", "--width", "16", "--depth", "2"])
+    assert flops == 2 * (10 * 16 + 16 * 16 + 16 * 2)
+
+
+def test_the_flops_of_the_digits_network_are_those_of_its_layers_and_its_attention(random):
+    expected = []
+
+    def layer(layer, args, out):  # two for each weight of an output's row, at each output
+        expected.append(2 * out[0].numel() * layer.weight[0].numel())
+
+    def block(block, args, out):  # queries by keys, and those by values
+        expected.append(4 * out[0].numel() * out[0, 0].numel() if block.heads else 0)
+
+    net, _ = imagenet64_bench.random_teacher(imagenet64.Config())
+    for module in net.modules():
+        if hasattr(module, "heads"):
+            module.register_forward_hook(block)
+        elif getattr(module, "weight", None) is not None and module.weight.dim() > 1:
+            module.register_forward_hook(layer)
+    with torch.no_grad():
+        net(torch.randn(1, 1, 8, 8), torch.ones(1), torch.zeros(1, 10))
+    _, _, flops = bench.evaluations(["imagenet64", "--batch", "2"])
+    assert flops == sum(expected)
+
+
+def test_the_table_has_every_row_for_every_batch_size(capsys):
+    argv = ["--no-compile", *SMALL, "--batch", "8", "16"]
+    first, second, rows = table(capsys, "toy2d", *argv, "--fake-updates", "2")
+    assert "toy2d" in first and "CPU" in first and "not compiled" in first
+    assert second.startswith("12 F an iteration 12 is the least")
+    assert rows.pop("batch") == ["8", "16"] and rows.pop("/ the peak") == ["-", "-"]
+    assert rows.pop("the rest ms")  # a difference, of either sign where times scatter
+    for name in PARTS:
+        assert f"{name} ms".replace(",", "") in rows
+    assert len(rows) == len(PARTS) + 2 + 5
+    assert all(float(number) > 0 for numbers in rows.values() for number in numbers)
+
+
+def test_the_rates_follow_from_the_times(random, monkeypatch):
+    monkeypatch.setattr(bench, "stage", lambda *args: [3.0, 2.0, 2.5])  # seconds of 10 iterations
+    monkeypatch.setattr(bench, "alone", lambda *args: PARTS)
+    monkeypatch.setattr(bench, "device", lambda: "NVIDIA H200")
+    argv = ["imagenet64", "--batch", "50", "--precision", "bf16"]
+    row = bench.column(argv, [], evals=16, flops=99e9, compiled=False, every=10)
+    assert row["an iteration, ms"] == "200.000" and row["images a second"] == "250"
+    assert row["all forwards and backwards, ms"] == "160.000" and row["the rest, ms"] == "25.000"
+    assert row["  / all forwards and backwards"] == "1.25"
+    assert row["  / (F x the fake's forward)"] == "0.62"  # 200 / (16 x 20)
+    assert (row["TFLOP/s"], row["  / the peak"]) == ("396", "40.0%")  # 50 x 16 x 0.099 / 0.2 of 990
+
+
+@pytest.mark.parametrize("name, argv", [
+    ("imagenet64", []), ("sdxl", ["--size", "64", "--checkpointing", "yes"])])
+def test_the_full_presets_need_no_file_and_write_none(capsys, small_full, monkeypatch,
+                                                      tmp_path, name, argv):
+    monkeypatch.chdir(tmp_path)
+    _, second, rows = table(capsys, name, *FULL, *argv, "--fake-updates", "1")
+    assert second.startswith(f"{8 + (name == 'sdxl')} F an iteration") and len(rows) == 16
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_weight_of_the_adm_starts_at_zero(random):
+    net, _ = imagenet64_bench.random_teacher(imagenet64.Config())
+    assert all(weight.any() for weight in net.parameters())
+
+
+def test_a_batch_that_is_too_large_leaves_the_others_their_columns(capsys, monkeypatch):
+    def small_card(argv, *rest):
+        if argv[-1] == "9":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"batch": argv[-1], "TFLOP/s": "300", "peak memory, GB": "70.00"}
+
+    monkeypatch.setattr(bench, "column", small_card)
+    *_, rows = table(capsys, "toy2d", "--no-compile", *SMALL, "--batch", "9", "8")
+    assert rows == {"batch": ["9", "8"], "TFLOP/s": ["-", "300"],
+                    "peak memory GB": ["too large", "70.00"]}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("argv, cause", [
+    (["--batch", "0"], "batch"), (["--batch", "8", "many"], "many"),
+    (["--iterations", "0"], "--iterations"), (["--bath", "8"], "--bath")])
+def test_a_mistake_ends_it_in_one_line(capsys, monkeypatch, name, argv, cause):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *argv])
+    with pytest.raises(SystemExit) as ended:
+        disback.run(functools.partial(bench.main, name, RANDOM[name], 1))
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and cause in line
+
+
+def test_the_stage_is_compiled_where_it_can_be_and_never_while_it_is_counted(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench, "stage_compiles", lambda: True)
+    monkeypatch.setattr(bench, "evaluations", lambda argv: seen.append(argv) or (8, 8, 1))
+    monkeypatch.setattr(bench, "column", lambda argv, flags, *_: seen.append([*argv, *flags]) or {})
+    bench.main("toy2d", [], 1, ["--compile"])
+    assert seen == [["toy2d", "--no-compile"], ["toy2d", "--compile"]]
