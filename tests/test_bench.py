@@ -67,9 +67,9 @@ def test_an_iteration_costs_the_bound(random, argv, evals):
 def test_a_forward_more_is_counted(random, monkeypatch):
     vsd_loss = disback.vsd_loss
 
-    def wasteful(x0, sigma, fake, target, cond, weighting):
+    def wasteful(x0, sigma, fake, target, cond, *rest):
         target(x0.detach(), sigma, cond).mean().backward()
-        return vsd_loss(x0, sigma, fake, target, cond, weighting)
+        return vsd_loss(x0, sigma, fake, target, cond, *rest)
 
     monkeypatch.setattr(disback, "vsd_loss", wasteful)
     spent, least, _ = bench.evaluations([*TOY, "--batch", "3"])
@@ -115,6 +115,15 @@ def test_the_table_has_every_row_for_every_batch_size(capsys):
     assert all(float(number) > 0 for numbers in rows.values() for number in numbers)
 
 
+def test_the_parts_are_taken_as_often_as_an_iteration_has_them(random, monkeypatch):
+    _, made = bench.make([*TOY, "--batch", "6", "--fake-updates", "3"])
+    seen = set()
+    made.teacher.register_forward_hook(lambda net, args, x0: seen.add(len(x0)))
+    monkeypatch.setattr(bench, "milliseconds", lambda work, repeats: [work()] and 1)
+    parts = bench.alone(made, shares=2, compiled=False, repeats=1)
+    assert dict(zip(PARTS, (2, 2, 2, 6, 4, 4))) == parts and seen == {3}
+
+
 def test_the_rates_follow_from_the_times(random, monkeypatch):
     monkeypatch.setattr(bench, "stage", lambda *args: [3.0, 2.0, 2.5])  # seconds of 10 iterations
     monkeypatch.setattr(bench, "alone", lambda *args: PARTS)
@@ -136,6 +145,13 @@ def test_the_full_presets_need_no_file_and_write_none(capsys, small_full, monkey
     _, second, rows = table(capsys, name, *FULL, *argv, "--fake-updates", "1")
     assert second.startswith(f"{8 + (name == 'sdxl')} F an iteration") and len(rows) == 16
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("argv, side", [([], 16), (FULL, 128)])
+def test_the_latents_and_the_noise_levels_are_sdxls(random, small_full, argv, side):
+    _, made = bench.make(["sdxl", *argv])
+    assert made.sample_inputs(1)[0].shape == (1, 4, side, side)
+    assert sdxl_bench.load(sdxl_bench.TINY)[1][399].item() == pytest.approx(1.16057, abs=1e-5)
 
 
 def test_no_weight_of_the_adm_starts_at_zero(random):

@@ -50,8 +50,8 @@ def now() -> float:
     return time.perf_counter()
 
 
-def make(argv: Sequence[str]) -> disback.Problem:
-    return disback.start("backtrack", "", argv, **backtrack.FLAGS)[1]
+def make(argv: Sequence[str]) -> tuple[Any, disback.Problem]:
+    return disback.start("backtrack", "", argv, **backtrack.FLAGS)
 
 
 def stage(argv: Sequence[str], every: int, rounds: int, mark: Callable[[], float],
@@ -99,7 +99,7 @@ def evaluations(argv: Sequence[str]) -> tuple[float, int, float]:
         made.student.register_forward_hook(count)
 
     (evals,) = stage(argv, 1, 1, lambda: sum(spent), prepare)
-    made = make(argv)
+    _, made = make(argv)
     n, k = made.config.batch, made.config.fake_updates
     (z, cond), sigma = made.sample_inputs(n), made.sample_sigma(n)
     # The counter knows attention's kernels on CUDA only, but the plain products everywhere.
@@ -108,9 +108,10 @@ def evaluations(argv: Sequence[str]) -> tuple[float, int, float]:
     return evals / n, 4 * k + 3 + made.guide_evals, counter.get_total_flops() / n
 
 
-def alone(made: disback.Problem, compiled: bool, repeats: int) -> dict[str, float]:
-    """Milliseconds of an iteration's parts, each by itself, as often as an iteration has it."""
-    n, k, without = made.config.batch, made.config.fake_updates, torch.no_grad()
+def alone(made: disback.Problem, shares: int, compiled: bool, repeats: int) -> dict[str, float]:
+    """Milliseconds of an iteration's parts, each by itself, as often as an iteration has it where
+    the batch is computed in `shares`."""
+    n, k, without = made.config.batch // shares, made.config.fake_updates, torch.no_grad()
     target, student, fake = made.teacher, made.student, copy.deepcopy(made.teacher)
     if compiled:
         for net in (target, student, fake):
@@ -130,11 +131,13 @@ def alone(made: disback.Problem, compiled: bool, repeats: int) -> dict[str, floa
 
     works = {
         "student: forward and backward":
-            (lambda: backward(student, made.generate(student, z, cond)), 1),
-        "fake: forward": (without(lambda: fake(x, sigma, cond)), 1),
-        "target: forward, guided if so": (without(lambda: made.guide(target, x, sigma, cond)), 1),
-        "fake: forwards and backwards": (lambda: backward(fake, fake(x, sigma, cond)), k),
-        "fresh samples: forwards": (without(lambda: made.generate(student, z, cond)), k - 1),
+            (lambda: backward(student, made.generate(student, z, cond)), shares),
+        "fake: forward": (without(lambda: fake(x, sigma, cond)), shares),
+        "target: forward, guided if so":
+            (without(lambda: made.guide(target, x, sigma, cond)), shares),
+        "fake: forwards and backwards": (lambda: backward(fake, fake(x, sigma, cond)), k * shares),
+        "fresh samples: forwards":
+            (without(lambda: made.generate(student, z, cond)), (k - 1) * shares),
         "optimizers: clipping, AdamW": (optimize, 1 + k)}
     return {name: milliseconds(work, repeats) * times if times else 0.0
             for name, (work, times) in works.items()}
@@ -158,8 +161,9 @@ def column(argv: Sequence[str], flags: Sequence[str], evals: float, flops: float
     iteration = min(stage([*argv, *flags], every, ROUNDS, now)) / every * 1e3
     memory = disback.peak_memory()
     free()
-    made = make(argv)
-    parts, batch = alone(made, compiled, every), made.config.batch
+    args, made = make(argv)
+    parts = alone(made, getattr(args, "accumulate", 1), compiled, every)
+    batch = made.config.batch
     networks = sum(parts.values()) - parts["optimizers: clipping, AdamW"]
     rate = batch * evals * flops / iteration / 1e9
     peak = PEAK.get(device()) if getattr(made.config, "precision", "") == "bf16" else None
