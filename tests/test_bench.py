@@ -15,8 +15,8 @@ from sdxl import memory, tiny
 from toy2d import bench
 
 RANDOM = {"toy2d": bench.RANDOM, "imagenet64": imagenet64_bench.RANDOM, "sdxl": sdxl_bench.RANDOM}
-TOY = ["toy2d", *SMALL]
-FULL = ["--preset", "full", "--batch", "1"]
+TOY = ["toy2d", "--no-compile", *SMALL]
+FULL = ["--preset", "full", "--batch", "1", "--no-compile"]
 PARTS = {"student: forward and backward": 60, "fake: forward": 20,
          "target: forward, guided if so": 20, "fake: forwards and backwards": 50,
          "fresh samples: forwards": 10, "optimizers: clipping, AdamW": 15}  # milliseconds
@@ -58,7 +58,7 @@ def table(capsys, name, *argv):
 @pytest.mark.parametrize("argv, evals", [
     ([*TOY, "--fake-updates", "1", "--batch", "3"], 8),
     ([*TOY, "--fake-updates", "5", "--batch", "3"], 24),
-    (["sdxl", "--fake-updates", "2", "--batch", "2"], 13)])
+    (["sdxl", "--no-compile", "--fake-updates", "2", "--batch", "2"], 13)])
 def test_an_iteration_costs_the_bound(random, argv, evals):
     spent, least, _ = bench.evaluations(argv)
     assert spent == least == evals
@@ -98,7 +98,7 @@ def test_the_flops_of_the_digits_network_are_those_of_its_layers_and_its_attenti
             module.register_forward_hook(layer)
     with torch.no_grad():
         net(torch.randn(1, 1, 8, 8), torch.ones(1), torch.zeros(1, 10))
-    _, _, flops = bench.evaluations(["imagenet64", "--batch", "2"])
+    _, _, flops = bench.evaluations(["imagenet64", "--no-compile", "--batch", "2"])
     assert flops == sum(expected)
 
 
@@ -126,10 +126,10 @@ def test_the_parts_are_taken_as_often_as_an_iteration_has_them(random, monkeypat
 
 def test_the_rates_follow_from_the_times(random, monkeypatch):
     monkeypatch.setattr(bench, "stage", lambda *args: [3.0, 2.0, 2.5])  # seconds of 10 iterations
-    monkeypatch.setattr(bench, "alone", lambda *args: PARTS)
+    monkeypatch.setattr(bench, "alone", lambda made, shares, *_: PARTS if shares == 2 else {})
     monkeypatch.setattr(bench, "device", lambda: "NVIDIA H200")
-    argv = ["imagenet64", "--batch", "50", "--precision", "bf16"]
-    row = bench.column(argv, [], evals=16, flops=99e9, compiled=False, every=10)
+    argv = ["imagenet64", "--batch", "50", "--accumulate", "2", "--precision", "bf16"]
+    row = bench.column(argv, evals=16, flops=99e9, every=10)
     assert row["an iteration, ms"] == "200.000" and row["images a second"] == "250"
     assert row["all forwards and backwards, ms"] == "160.000" and row["the rest, ms"] == "25.000"
     assert row["  / all forwards and backwards"] == "1.25"
@@ -161,9 +161,9 @@ def test_no_weight_of_the_adm_starts_at_zero(random):
 
 def test_a_batch_that_is_too_large_leaves_the_others_their_columns(capsys, monkeypatch):
     def small_card(argv, *rest):
-        if argv[-1] == "9":
+        if argv[-2] == "9":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return {"batch": argv[-1], "TFLOP/s": "300", "peak memory, GB": "70.00"}
+        return {"batch": argv[-2], "TFLOP/s": "300", "peak memory, GB": "70.00"}
 
     monkeypatch.setattr(bench, "column", small_card)
     *_, rows = table(capsys, "toy2d", "--no-compile", *SMALL, "--batch", "9", "8")
@@ -184,10 +184,9 @@ def test_a_mistake_ends_it_in_one_line(capsys, monkeypatch, name, argv, cause):
     assert line.startswith("error: ") and cause in line
 
 
-def test_the_stage_is_compiled_where_it_can_be_and_never_while_it_is_counted(monkeypatch):
+def test_the_stage_is_compiled_where_it_is_asked_for_and_never_while_it_is_counted(monkeypatch):
     seen = []
-    monkeypatch.setattr(bench, "stage_compiles", lambda: True)
     monkeypatch.setattr(bench, "evaluations", lambda argv: seen.append(argv) or (8, 8, 1))
-    monkeypatch.setattr(bench, "column", lambda argv, flags, *_: seen.append([*argv, *flags]) or {})
+    monkeypatch.setattr(bench, "column", lambda argv, *_: seen.append(argv) or {})
     bench.main("toy2d", [], 1, ["--compile"])
     assert seen == [["toy2d", "--no-compile"], ["toy2d", "--compile"]]

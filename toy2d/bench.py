@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import gc
 import importlib
-import io
 import math
 import tempfile
 import time
@@ -154,16 +153,14 @@ def milliseconds(work: Callable[[], Any], repeats: int) -> float:
     return min(means[1:])
 
 
-def column(argv: Sequence[str], flags: Sequence[str], evals: float, flops: float, compiled: bool,
-           every: int) -> dict[str, str]:
-    """The numbers of a batch size; `flags` are for the stage that is timed alone."""
+def column(argv: Sequence[str], evals: float, flops: float, every: int) -> dict[str, str]:
+    """The numbers of a batch size, from runs of `every` iterations."""
     free()
-    iteration = min(stage([*argv, *flags], every, ROUNDS, now)) / every * 1e3
+    iteration = min(stage(argv, every, ROUNDS, now)) / every * 1e3
     memory = disback.peak_memory()
     free()
     args, made = make(argv)
-    parts = alone(made, getattr(args, "accumulate", 1), compiled, every)
-    batch = made.config.batch
+    parts, batch = alone(made, args.accumulate, args.compile, every), made.config.batch
     networks = sum(parts.values()) - parts["optimizers: clipping, AdamW"]
     rate = batch * evals * flops / iteration / 1e9
     peak = PEAK.get(device()) if getattr(made.config, "precision", "") == "bf16" else None
@@ -191,29 +188,21 @@ def device() -> str:
             else f"CPU, {threads} thread{'s' * (threads > 1)}")
 
 
-def stage_compiles() -> bool:
-    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
-        backtrack.main(["--help"])
-    return "--no-compile" in text.getvalue()
-
-
 def report(argv: Sequence[str], batches: list, compiled: bool, every: int) -> None:
     """Print the table: a row for each number, a column for each batch size."""
-    flags, eager = ([flag] * stage_compiles() for flag in (
-        "--compile" if compiled else "--no-compile", "--no-compile"))
-    evals, least, flops = evaluations([*argv, *batches[0], *eager])
+    evals, least, flops = evaluations([*argv, *batches[0], "--no-compile"])  # with its hooks
+    flag = "--compile" if compiled else "--no-compile"
     columns = []
     for batch in batches:
         if compiled:  # else from the second batch size on it would make code for any
             torch.compiler.reset()
         try:
-            columns.append(column([*argv, *batch], flags, evals, flops, compiled, every))
+            columns.append(column([*argv, *batch, flag], evals, flops, every))
         except torch.OutOfMemoryError:
             columns.append(defaultdict(lambda: "-", {"batch": "".join(batch[1:]),
                                                      "peak memory, GB": "too large"}))
     print(*argv, "on", device(), "with torch", torch.__version__,
-          "compiled" if compiled else "not compiled",
-          "(but the stage is not)" * (compiled and not flags))
+          "compiled" if compiled else "not compiled")
     print(f"{evals:g} F an iteration, {least} is the least; F is {flops / 1e9:.4g} GFLOP")
     for row in max(columns, key=len):
         print(f"{row:40}" + "".join(f"{column[row]:>12}" for column in columns))
