@@ -1,7 +1,10 @@
 """The benchmarks: what they count is right, and they need neither a file nor the network."""
 
 import functools
+import gc
 import sys
+import time
+import weakref
 
 import pytest
 import torch
@@ -122,6 +125,14 @@ def test_the_parts_are_taken_as_often_as_an_iteration_has_them(random, monkeypat
     monkeypatch.setattr(bench, "milliseconds", lambda work, repeats: [work()] and 1)
     parts = bench.alone(made, shares=2, compiled=False, repeats=1)
     assert dict(zip(PARTS, (2, 2, 2, 6, 4, 4))) == parts and seen == {3}
+
+
+def test_the_stage_leaves_no_network_in_memory(random):
+    left = []
+    bench.stage([*TOY, "--batch", "4"], 1, 1, time.perf_counter,
+                lambda made: left.extend(map(weakref.ref, (made.teacher, made.student))))
+    gc.collect()
+    assert len(left) == 2 and not any(ref() for ref in left)
 
 
 def test_the_rates_follow_from_the_times(random, monkeypatch):
