@@ -428,7 +428,7 @@ def ready(net: nn.Module, args: Any, blocks: tuple[type, ...], trained: bool = F
         shard(net, blocks)
     if args.compile:
         for unit in [m for m in net.modules() if isinstance(m, blocks)] if args.shard else [net]:
-            unit.compile()
+            unit.compile(dynamic=False)  # each network has one size of batch, its own
     if ranks() == 1 or args.shard or not trained:
         return net
     return DistributedDataParallel(net, forward_sync_buffers=False, gradient_as_bucket_view=True)

@@ -48,7 +48,7 @@ class Denoiser(nn.Module):
         """A copy that shares what is frozen: the base of LoRA's adapters is in memory once."""
         memo.update((id(p), p) for p in self.parameters() if not p.requires_grad)
         made = memo[id(self)] = Denoiser.__new__(Denoiser)
-        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        made.__dict__.update(copy.deepcopy(self.__getstate__(), memo))  # less what is compiled
         return made
 
     def forward(self, x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:

@@ -17,7 +17,8 @@ from toy2d import model
 def counter(monkeypatch):
     """Stands in for the compiler: counts the graphs that are made, and runs them as they are."""
     counter, compiled = CompileCounter(), torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compiled(net, backend=counter))
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda net, **flags: compiled(net, backend=counter, **flags))
     yield counter
     torch._dynamo.reset()
 
