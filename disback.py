@@ -414,6 +414,7 @@ def mean_over_ranks(numbers: Tensor) -> Tensor:
 
 def shard(net: nn.Module, blocks: tuple[type, ...]) -> None:
     """Spread the weights over the ranks (FSDP2), in place; they keep their names."""
+    net.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
     for layer in net.modules():
         if isinstance(layer, blocks):
             fully_shard(layer)

@@ -84,13 +84,14 @@ class Grid:
     tuning: tuple[int, ...]
     seeds: tuple[int, ...]
     flags: tuple[tuple[str, float], ...] = ()  # of both stages, for all runs
+    swept: tuple[str, ...] = ()  # cells whose map arms run at all rates on all seeds
 
 
 FULL = Grid({name: MAP_ARMS for name in CELLS} | {
     "ring-8-eps": (*MAP_ARMS, *ABLATION[:7]), "poor-8-eps": tuple(ARMS)},
     {name: 600 for name in CELLS} | {"grid-28-eps": 1000, "short-8-eps": 300},
     ((3e-3, 3e-3), (6e-3, 6e-3), (1.2e-2, 1.2e-2), (2.4e-2, 2.4e-2), (6e-3, 1.2e-2)),
-    tuple(range(100, 103)), tuple(range(10)))
+    tuple(range(100, 103)), tuple(range(10)), swept=("ring-8-eps", "poor-8-eps"))
 QUICK = Grid({"ring-copy-eps": MAP_ARMS, "ring-8-eps": MAP_ARMS, "ring-28-eps": MAP_ARMS,
               "poor-8-eps": (*MAP_ARMS, "vsd", "degraded_fake", "adaptive", "forward", "n3_i33")},
              {name: 400 for name in CELLS}, FULL.rates[1:4], (100, 101), (0, 1, 2))
@@ -106,7 +107,9 @@ def runs(grid: Grid, lines: dict[tuple, dict]) -> list[tuple]:
                 found += [(cell, arm, seed, rates) for rates in grid.rates for seed in grid.tuning]
             rates = chosen(grid, lines, cell, arm)
             found += [(cell, arm, seed, rates) for seed in grid.seeds]
-    return found
+            if cell in grid.swept and arm in MAP_ARMS:
+                found += [(cell, arm, seed, rates) for rates in grid.rates for seed in grid.seeds]
+    return list(dict.fromkeys(found))
 
 
 def chosen(grid: Grid, lines: dict[tuple, dict], cell: str, arm: str) -> tuple | None:

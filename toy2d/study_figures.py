@@ -322,12 +322,14 @@ def short(value: float) -> str:
 
 
 def draw_rates(grid: study.Grid, lines: Lines) -> plt.Figure | None:
-    """(f) Final SWD of the tuning runs over the learning rate."""
+    """(f) Final SWD over the learning rate: of all seeds where all rates have them, else of those
+    of the tuning."""
     cells = [cell for cell in (*study.HALVES, "ring-copy-eps") if cell in grid.arms]
     figure, axes = panels(len(cells))
     for axis, cell in zip(axes, cells):
         for arm in study.MAP_ARMS:
-            equal = [(rates[0], [study.final_swd(lines[key]) for seed in grid.tuning
+            seeds = grid.seeds if cell in grid.swept else grid.tuning
+            equal = [(rates[0], [study.final_swd(lines[key]) for seed in seeds
                                  if (key := (cell, arm, seed, rates)) in lines])
                      for rates in grid.rates if rates[0] == rates[1]]
             equal = [(rate, ends) for rate, ends in equal if ends]
@@ -344,7 +346,7 @@ def draw_rates(grid: study.Grid, lines: Lines) -> plt.Figure | None:
         return None
     axes[0].set_ylabel("final SWD")
     axes[0].legend(fontsize=8)
-    figure.suptitle("Sensitivity to the learning rate: median of the tuning runs, and each of them")
+    figure.suptitle("Sensitivity to the learning rate: the median run, and each of them")
     return figure
 
 
