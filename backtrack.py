@@ -76,13 +76,15 @@ def main(argv: list[str]) -> None:
         walk.node, walk.age, walk.mismatch = then["node"], then["age"], then["mismatch"]
         if walk.path:
             walk.path.load(walk.node, target)
+        del then  # it keeps the file mapped
         disback.rewind(log, done)
     else:
         disback.claim(args, problem, "backtrack", settings)
         snapshot(0)
     began = time.perf_counter() - seconds
-    for step in (progress := tqdm(range(done + 1, steps + 1), "backtrack", steps, initial=done,
-                                  disable=disback.rank() > 0)):
+    progress = tqdm(range(done + 1, steps + 1), "backtrack", steps, initial=done,
+                    disable=disback.rank() > 0)
+    for step in disback.heeding(progress):
         decay = (1 + math.cos(math.pi * (step - 1) / steps)) / 2 if config.decay == "cosine" else 1
         z, cond = problem.sample_inputs(batch)
         sigma, eps = problem.sample_sigma_vsd(batch), torch.randn_like(z)
@@ -134,6 +136,7 @@ def main(argv: list[str]) -> None:
                                age=walk.age, mismatch=walk.mismatch, totals=totals, since=since,
                                seconds=time.perf_counter() - began)
         if stop:
+            disback.barrier()  # the first rank is still writing
             sys.exit(f"stopped by {stop} after step {step}: --resume goes on from there")
 
     disback.save_tensors(args.out / "student.safetensors", ema.state_dict())

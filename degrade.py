@@ -86,6 +86,7 @@ def main(argv: list[str]) -> None:
     config, batch, steps = problem.config, problem.config.batch, problem.config.degrade_steps
     out, state, began = args.out / "path", args.out / "path" / "state.pt", time.perf_counter()
     if args.resume and (out / "path.json").exists():
+        disback.Path(out, problem.about, problem.unpack)
         sys.exit(print(f"{out} is recorded already: --overwrite records it again"))  # status 0
     degraded = copy.deepcopy(problem.teacher)  # s'_theta, which forgets on the way to the student
     for net in (problem.teacher, problem.student):
@@ -111,9 +112,11 @@ def main(argv: list[str]) -> None:
     if args.resume:
         then = disback.load_state(state, {"degraded": degraded}, {"degraded": optimizer}, settings)
         done, seconds, recorder.kept = then["step"], then["seconds"], then["kept"]
+        del then  # it keeps the file mapped
         disback.rewind(out / "log.jsonl", done)
-    for step in (progress := tqdm(range(done + 1, steps + 1), "degrade", steps, initial=done,
-                                  disable=disback.rank() > 0)):
+    progress = tqdm(range(done + 1, steps + 1), "degrade", steps, initial=done,
+                    disable=disback.rank() > 0)
+    for step in disback.heeding(progress):
         total = 0.0
         for x0, sigma, cond, eps in draw():
             loss = disback.score_matching_loss(  # Eq. 7
@@ -131,6 +134,7 @@ def main(argv: list[str]) -> None:
                                settings=settings, kept=recorder.kept,
                                seconds=seconds + time.perf_counter() - began)
         if stop:
+            disback.barrier()  # the first rank is still writing
             sys.exit(f"stopped by {stop} after step {step}: --resume goes on from there")
 
     # In forwards of the network a step costs 4: the student's, and a forward and a backward of 3;

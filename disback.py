@@ -28,7 +28,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path as File
 from resource import RUSAGE_SELF, getrusage
@@ -44,6 +44,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 ASKED: list[int] = []  # signals that ask to stop
+RANKS = "(?i)gloo|nccl"  # what an error says that comes from between the ranks
 
 
 def score_matching_loss(net: Callable, x0: Tensor, sigma: Tensor, cond: Any = None,
@@ -166,6 +167,8 @@ def blame(what: str) -> Iterator[None]:
     except (Refusal, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a file that is broken can fail in any way
+        if re.search(RANKS, str(error)):
+            raise
         raise Refusal(f"{what} ({type(error).__name__}: {str(error)[:300]})") from error
 
 
@@ -198,13 +201,11 @@ class Problem:
 def run(main: Callable[[list[str]], None]) -> None:
     """Run a stage; a Refusal, a failing disk, too little memory or another rank's end ends it in a
     line, status 2."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, heed)
     try:
         main(sys.argv[1:])
     except (Refusal, OSError, MemoryError, RuntimeError) as error:
         full = isinstance(error, MemoryError) or re.search("out of mem|can't alloc", str(error))
-        lost = re.search("(?i)gloo|nccl", str(error)) and "(another rank has ended, and says why)"
+        lost = re.search(RANKS, str(error)) and "(if another rank has ended, it says why)"
         if isinstance(error, RuntimeError) and not (full or lost):
             raise
         who = f"error on rank {rank()}:" if dist.is_initialized() else "error:"
@@ -314,13 +315,15 @@ def claim(args: Any, problem: Problem, stage: str, settings: dict) -> None:
         raise Refusal(f"{there} has less than {problem.disk / 1e9:.1f} GB free: name another --out")
     taken = [args.out / name for name in names if (args.out / name).exists()]
     if taken and not args.overwrite:
-        raise Refusal(f"{taken[0]} exists: name another --out, or replace the run by --overwrite")
+        raise Refusal(f"{taken[0]} exists: name another --out, go on with the run by --resume, or "
+                      "replace it by --overwrite")
     file = args.out / "config.json"
     stages = load_json(file, "remove it") if stage == "backtrack" and file.exists() else {}
     for old in taken:
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     stages[stage] = {"problem": args.problem, "preset": args.preset, "seed": args.seed,
-                     **dataclasses.asdict(problem.config), **settings,
+                     **dataclasses.asdict(problem.config), **settings, "ranks": ranks(),
+                     "accumulate": args.accumulate, "shard": args.shard, "compile": args.compile,
                      "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
     save_json(file, stages)
     barrier()
@@ -380,15 +383,21 @@ def barrier() -> None:
 
 def join_ranks(args: Any) -> None:
     """Join torchrun's ranks, each with a GPU of its own where there are any."""
+    if args.resume and args.overwrite:
+        refuse("--resume goes on with a run, --overwrite replaces it: name one of them")
     if args.accumulate < 1:
         refuse(f"--accumulate must be at least 1, not {args.accumulate}")
     if "RANK" not in os.environ and args.shard:
         refuse("--shard spreads over ranks: torchrun --nproc_per_node=N starts them")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    here, gpu = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
+    if gpu:
+        if here >= torch.cuda.device_count():
+            refuse(f"there are {torch.cuda.device_count()} GPUs: start no more ranks on a machine")
+        torch.cuda.set_device(here)
         torch.set_float32_matmul_precision("high")  # TF32
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group(timeout=timedelta(hours=1))  # the first rank may train a teacher
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo",
+                                timeout=timedelta(hours=1))  # the first rank may train a teacher
 
 
 def share(n: int, parts: int, *drawn: Any) -> list[list]:
@@ -428,6 +437,7 @@ def ready(net: nn.Module, args: Any, blocks: tuple[type, ...], trained: bool = F
     if args.shard:
         shard(net, blocks)
     if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # layers of one kind share it
         for unit in [m for m in net.modules() if isinstance(m, blocks)] if args.shard else [net]:
             unit.compile(dynamic=False)  # each network has one size of batch, its own
     if ranks() == 1 or args.shard or not trained:
@@ -436,7 +446,8 @@ def ready(net: nn.Module, args: Any, blocks: tuple[type, ...], trained: bool = F
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The whole of what is in shards, on the CPU; anything else as it is."""
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
 def spread(tensor: Tensor, like: Tensor) -> Tensor:
@@ -451,21 +462,32 @@ def load_weights(net: nn.Module, state: dict[str, Tensor]) -> None:
     if not isinstance(net, FSDPModule):
         net.load_state_dict(state, strict=True)
         return
-    # torch's own function takes missing weights for frozen ones.
+    # torch's own function takes missing weights for frozen ones, and changes what it is given.
     shapes = {name: weight.shape for name, weight in net.state_dict().items()}
     if shapes != {name: weight.shape for name, weight in state.items()}:
         raise ValueError("names or shapes of the weights differ")
-    whole.set_model_state_dict(net, state, options=whole.StateDictOptions(full_state_dict=True))
+    whole.set_model_state_dict(net, dict(state), options=whole.StateDictOptions(full_state_dict=True))
 
 
 # ------------------------------------------------------------------------------- checkpoints
 
 
-def heed(number: int, _: Any) -> None:
-    """SIGINT and SIGTERM: let the step end, and a checkpoint be written."""
-    ASKED.append(number)
-    signal.signal(number, signal.SIG_DFL)
-    print("\nstopping after this step; once more, and at once", file=sys.stderr)
+def heeding(steps: Iterable[int]) -> Iterator[int]:
+    """The steps; meanwhile SIGINT and SIGTERM let one end, and a checkpoint be written. A second
+    SIGINT does not; a second SIGTERM does, as torchrun repeats it."""
+
+    def heed(number: int, _: Any) -> None:
+        ASKED.append(number)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
+        os.write(2, b"\nstopping after this step\n")
+
+    ASKED.clear()
+    before = {number: signal.signal(number, heed) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield from steps
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stop_asked() -> str:
@@ -501,6 +523,9 @@ def save_state(file: File, step: int, nets: dict[str, nn.Module],
 def load_state(file: File, nets: dict[str, nn.Module],
                optimizers: dict[str, torch.optim.Optimizer], settings: dict) -> dict:
     """Go back to what save_state wrote; returns it all. Any number of ranks can read it."""
+    if rank() == 0:
+        for torn in file.parent.glob(f".{file.name}.*"):
+            torn.unlink()
     with blame(f"{file} is missing or not a checkpoint of this run: start again with --overwrite"):
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         must_agree(file, state["settings"], settings)
@@ -551,7 +576,11 @@ def atomically(file: File, write: Callable[[File], Any]) -> None:
 
 
 def save_tensors(file: File, tensors: dict[str, Tensor]) -> None:
-    found = {name: gathered(tensor).contiguous() for name, tensor in tensors.items()}
+    found = {}
+    for name, tensor in tensors.items():
+        tensor = gathered(tensor)  # by all ranks, and one network at a time is whole in none
+        if rank() == 0:
+            found[name] = tensor.contiguous()
     atomically(file, lambda f: save_file(found, f))
 
 

@@ -50,7 +50,8 @@ def table(unet_config: dict, config: Any, side: int) -> str:
     node = trained / 2 if config.store == "bf16" else trained
     most = config.nodes * (2 if config.spacing == "arc" else 1)
     disk = [("the path", trained + config.nodes * node, trained + most * node),
-            ("a checkpoint", 7 * trained, 14 * trained),
+            ("a checkpoint of stage 1", 3 * trained, 6 * trained),
+            ("a checkpoint of stage 2", 7 * trained, 14 * trained),
             ("the student", trained + 2 * whole, trained + 2 * whole)]
     return "\n".join([
         f"{f'{count:,} parameters; GB in':46}{'degrade.py':>10}{'backtrack.py':>13}",
@@ -60,10 +61,10 @@ def table(unet_config: dict, config: Any, side: int) -> str:
 
 
 def path_bytes(teacher: nn.Module, config: Any) -> int:
-    """What the path takes on disk at most, while stage 1 records it: node 0, and candidates."""
+    """What stage 1 takes on disk at most: node 0, candidates, a checkpoint and the next one."""
     weights = teacher.state_dict().values()
     candidates = config.nodes * (2 if config.spacing == "arc" else 1)
-    return sum(w.nbytes + candidates * (2 * w.numel() if config.store == "bf16" else w.nbytes)
+    return sum(7 * w.nbytes + candidates * (2 * w.numel() if config.store == "bf16" else w.nbytes)
                for w in weights)
 
 

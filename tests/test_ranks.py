@@ -9,10 +9,12 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import BACKTRACK, DEGRADE, ROOT
 from safetensors.torch import load_file
 
 import backtrack
+import degrade
 import disback
 
 # What each of two ranks runs: stages, one after the other, and what is done to them first.
@@ -81,6 +83,9 @@ def alone(recorded, tmp_path_factory):
 
 
 def assert_same_run(out, alone):
+    about = [json.loads((run / "path" / "path.json").read_text()) for run in (out, alone)]
+    assert about[0]["steps"] == about[1]["steps"]
+    assert about[0]["positions"] == pytest.approx(about[1]["positions"], rel=1e-4)
     for node in ("00", "02", "04"):
         assert_alike(*(load_file(run / "path" / f"{node}.safetensors") for run in (out, alone)))
     assert_alike(weights(out), weights(alone))
@@ -93,7 +98,7 @@ def assert_same_run(out, alone):
             assert row[name] == pytest.approx(expected[name], rel=tolerance)
 
 
-@pytest.mark.parametrize("flags", [["--shard"], ["--accumulate", "4"], ["--fake-updates", "2"]])
+@pytest.mark.parametrize("flags", [["--shard"], ["--accumulate", "4", "--fake-updates", "2"]])
 def test_two_ranks_learn_what_one_does(recorded, alone, tmp_path, no_figures, flags):
     out = ["toy2d", "--out", tmp_path]
     said, codes = two_ranks(["degrade", *out, *DEGRADE, *flags],
@@ -114,21 +119,48 @@ def test_torchrun_takes_both_stages_and_the_figures_are_drawn(alone, tmp_path):
     assert len(list((tmp_path / "figures").iterdir())) == 4
 
 
-def test_one_rank_that_accumulates_learns_the_same(recorded, alone, tmp_path, no_figures):
-    shutil.copytree(recorded / "path", tmp_path / "path")
-    backtrack.main(["toy2d", "--out", str(tmp_path), *BACKTRACK, "--accumulate", "4"])
-    assert_same_run(tmp_path, alone)
+def test_one_rank_that_accumulates_has_the_same_gradients_and_learns_the_same(
+        alone, tmp_path, no_figures, monkeypatch):
+    """Adam would not tell a gradient from its multiple."""
+    update, norms = disback.update, {1: [], 4: []}
+    for parts, found in norms.items():
+        out = ["toy2d", "--out", str(tmp_path / str(parts))]
+
+        def spy(optimizer, *rest, found=found):
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            found.append(sum(weight.grad.square().sum().item() for weight in weights))
+            update(optimizer, *rest)
+
+        monkeypatch.setattr(disback, "update", spy)
+        degrade.main([*out, *DEGRADE, "--accumulate", str(parts)])
+        backtrack.main([*out, *BACKTRACK, "--accumulate", str(parts)])
+    assert len(norms[1]) == 20 + 2 * 20 and norms[4] == pytest.approx(norms[1], rel=1e-3)
+    assert_same_run(tmp_path / "4", alone)
 
 
-def test_a_checkpoint_of_two_sharded_ranks_is_resumed_by_one(
+def test_a_signal_to_one_of_two_sharded_ranks_saves_a_checkpoint_that_one_rank_resumes(
         recorded, alone, tmp_path, no_figures):
+    """Also where the first rank takes its time to write, and the signal is repeated."""
     shutil.copytree(recorded / "path", tmp_path / "path")
     argv = ["toy2d", "--out", tmp_path, *BACKTRACK]
-    cut = "disback.alarm = lambda log: 1 / 0 if '\"step\": 16' in log.read_text() else ''"
-    said, codes = two_ranks(["backtrack", *argv, "--shard"], first=cut)
-    assert "ZeroDivisionError" in said and codes != [0, 0]  # after the checkpoint of step 8
+    said, codes = two_ranks(["backtrack", *argv, "--shard"], first="""
+import signal, time, torch
+stop_asked, save, steps = disback.stop_asked, torch.save, []
+def asked():
+    steps.append(1)
+    if len(steps) == 13 and disback.rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return stop_asked()
+def slow(*args):
+    os.kill(os.getpid(), signal.SIGTERM) if len(steps) == 13 else None
+    time.sleep(1)
+    save(*args)
+disback.stop_asked, torch.save = asked, slow
+disback.ASKED.clear()
+""")
+    assert codes == [1, 1] and said.count("stopped by SIGTERM after step 13") == 2, said
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert state["step"] == 8 and all(type(w) is torch.Tensor for w in state["fake"].values())
+    assert state["step"] == 13 and all(type(w) is torch.Tensor for w in state["fake"].values())
     backtrack.main([*map(str, argv), "--resume"])
     assert_same_run(tmp_path, alone)
 
@@ -187,19 +219,18 @@ def test_shares_are_disjoint_and_make_up_the_batch(monkeypatch):
 def test_sharded_sdxl_records_and_learns_what_accumulation_does_on_one_rank(tmp_path, monkeypatch):
     """Nodes are differences to the teacher, of shards. Adam magnifies rounding where gradients
     vanish, so all weights are compared as one."""
-    import degrade
     from sdxl import problem
 
     monkeypatch.setattr(problem.figures, "draw", lambda *args: None)
     flags = ["sdxl", "--batch", "2", "--nodes", "2", "--steps"]
     two, one = tmp_path / "two", tmp_path / "one"
-    said, codes = two_ranks(["degrade", *flags, 4, "--shard", "--out", two],
-                            ["backtrack", *flags, 2, "--interval", 1, "--shard", "--out", two],
+    said, codes = two_ranks(["degrade", *flags, 2, "--shard", "--out", two],
+                            ["backtrack", *flags, 1, "--interval", 1, "--shard", "--out", two],
                             first="from sdxl import problem\n"
                                   "problem.figures.draw = lambda *args: None")
     assert codes == [0, 0], said
-    degrade.main([*flags, "4", "--accumulate", "2", "--out", str(one)])
-    backtrack.main([*flags, "2", "--interval", "1", "--accumulate", "2", "--out", str(one)])
+    degrade.main([*flags, "2", "--accumulate", "2", "--out", str(one)])
+    backtrack.main([*flags, "1", "--interval", "1", "--accumulate", "2", "--out", str(one)])
     for found, expected in ((load_file(two / "path" / "02.safetensors"),
                              load_file(one / "path" / "02.safetensors")),
                             (weights(two), weights(one))):
@@ -208,3 +239,66 @@ def test_sharded_sdxl_records_and_learns_what_accumulation_does_on_one_rank(tmp_
                            for state in (found, expected))
         assert (found - expected).norm() < 1e-3 * expected.norm()
     assert (two / "student" / "unet").is_dir()
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone, in which FSDP2 works."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_weights_are_loaded_into_shards_strictly(one_rank):
+    net, weights = torch.nn.Linear(3, 2), {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
+    disback.shard(net, ())
+    disback.load_weights(net, weights)
+    assert torch.equal(disback.gathered(net.state_dict()["weight"]), weights["weight"])
+    for wrong in ({"weight": torch.zeros(2, 3)}, weights | {"more": torch.ones(2)},
+                  weights | {"bias": torch.zeros(3)}):
+        with pytest.raises(ValueError, match="names or shapes"):
+            disback.load_weights(net, wrong)
+    assert torch.equal(disback.gathered(net.state_dict()["weight"]), weights["weight"])
+
+
+def test_an_answer_in_shards_is_of_the_weights_as_they_are_now(one_rank):
+    """FSDP2 would keep the whole weights of the last answer of a network that does not learn."""
+    net, x = torch.nn.Linear(3, 2), torch.ones(1, 3)
+    disback.shard(net, ())
+    parameters = list(net.parameters())
+    with torch.no_grad():
+        net(x)
+        for parameter in parameters:
+            parameter.fill_(1.0)
+        assert torch.equal(net(x), torch.full((1, 2), 4.0))
+
+
+def test_edms_network_can_be_put_in_shards(one_rank):
+    from imagenet64 import edm, problem
+
+    net = edm.Denoiser(**problem.NETWORKS["digits"]).to(memory_format=torch.channels_last)
+    x, sigma, label = torch.randn(2, 1, 8, 8), torch.ones(2, 1, 1, 1), torch.eye(10)[:2]
+    with torch.no_grad():
+        expected = net(x, sigma, label)
+        disback.shard(net, (edm.Block,))
+        torch.testing.assert_close(net(x, sigma, label), expected)
+
+
+@pytest.mark.parametrize("gpu, backend", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_ranks_on_gpus_can_also_talk_on_the_cpu(monkeypatch, gpu, backend):
+    from types import SimpleNamespace
+
+    asked = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: asked.append(backend))
+    args = SimpleNamespace(resume=False, overwrite=False, accumulate=1, shard=False)
+    disback.join_ranks(args)
+    assert asked == [backend]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    if gpu:
+        with pytest.raises(disback.Refusal, match="there are 1 GPUs"):
+            disback.join_ranks(args)
