@@ -466,7 +466,8 @@ def load_weights(net: nn.Module, state: dict[str, Tensor]) -> None:
     shapes = {name: weight.shape for name, weight in net.state_dict().items()}
     if shapes != {name: weight.shape for name, weight in state.items()}:
         raise ValueError("names or shapes of the weights differ")
-    whole.set_model_state_dict(net, dict(state), options=whole.StateDictOptions(full_state_dict=True))
+    options = whole.StateDictOptions(full_state_dict=True)
+    whole.set_model_state_dict(net, dict(state), options=options)
 
 
 # ------------------------------------------------------------------------------- checkpoints
