@@ -277,7 +277,7 @@ def bars(axis: plt.Axes, arms: list[str], values: list[tuple]) -> None:
         axis.barh(y, shown, color=COLORS.get(arm, DATA))
         axis.plot([min(low, edge), min(high, edge)], [y, y], color="black", linewidth=1.2)
         if not math.isfinite(high):
-            axis.text(edge, y, "never " if math.isinf(middle) else "some never ", ha="right",
+            axis.text(edge, y - 0.3, "never " if math.isinf(middle) else "some never ", ha="right",
                       va="center", fontsize=7)
     axis.set(xlim=(0, edge), ylim=(len(arms) - 0.4, -0.6))
     axis.grid(axis="x", alpha=0.3)
@@ -334,13 +334,14 @@ def draw_rates(grid: study.Grid, lines: Lines) -> plt.Figure | None:
                      for rates in grid.rates if rates[0] == rates[1]]
             equal = [(rate, ends) for rate, ends in equal if ends]
             axis.plot([rate for rate, _ in equal], [np.median(ends) for _, ends in equal],
-                      color=COLORS[arm], label=NAMES[arm])
+                      color=COLORS[arm], label="DisBack" if arm == "disback" else "VSD")
             for rate, ends in equal:
                 axis.plot([rate] * len(ends), ends, ".", color=COLORS[arm], alpha=0.6)
         axis.set(xscale="log", yscale="log", xlabel="learning rate of student and fake")
         axis.set_title(title(cell), fontsize=10)
         readable(axis)
-        axis.set_xticks([rates[0] for rates in grid.rates], [f"{r:g}" for r, _ in grid.rates])
+        ticks = sorted({rates[0] for rates in grid.rates})
+        axis.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
         axis.xaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
     if not any(axis.lines for axis in axes):
         return None
