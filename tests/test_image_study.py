@@ -1,5 +1,6 @@
 """The study of images: equal budgets, every run once, and a figure from the lines alone."""
 
+import contextlib
 import json
 import math
 
@@ -76,13 +77,11 @@ def test_a_study_killed_after_any_run_goes_on_without_repeating_or_losing_one(mo
 
     monkeypatch.setattr(study, "execute", execute)
     before = b""
-    while True:
-        try:
+    for _ in range(5):
+        with contextlib.suppress(KeyboardInterrupt):
             study.study(study.FILE)
-            break
-        except KeyboardInterrupt:
-            assert study.FILE.read_bytes().startswith(before)
-            before = study.FILE.read_bytes()
+        assert study.FILE.read_bytes().startswith(before)
+        before = study.FILE.read_bytes()
     runs = [run for run in done if run]
     assert len(runs) == len(set(runs)) == 2 * (2 * 1 + 2)
     assert set(runs) == set(study.read(study.FILE))
@@ -117,9 +116,9 @@ def test_a_line_that_is_of_no_use_is_refused_by_its_number(corrupt, cause):
 
 def test_the_figure_is_redrawn_identically_from_the_lines_alone(monkeypatch, capsys):
     monkeypatch.setattr(study, "execute", None)
-    lines = [line((start, arm, seed, rate), (90.0, 40.0, 10.0 + seed))
-             for start, arm in [("untrained", arm) for arm in study.ARMS]
-             for seed in (100, 0, 1) for rate in (1e-3, 1e-2)]
+    lines = [line(("untrained", arm, seed, rate), (90.0, 40.0, 10.0 + seed))
+             for arm in study.ARMS for seed in (100, 0, 1) for rate in (1e-3, 1e-2)]
+    del lines[4]  # VSD's judged run of seed 1: what is missing is not run
     drawn = []
     for order in (lines, lines[::-1]):
         write(order)
