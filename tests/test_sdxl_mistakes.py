@@ -299,7 +299,8 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_keeps_what_was_there(
 def test_the_student_of_a_run_that_is_replaced_is_removed(tmp_path):
     (tmp_path / "student" / "unet").mkdir(parents=True)
     made = SimpleNamespace(config=problem.TINY, disk=0)
-    args = SimpleNamespace(out=tmp_path, problem="sdxl", preset="tiny", seed=0, overwrite=False)
+    args = SimpleNamespace(out=tmp_path, problem="sdxl", preset="tiny", seed=0, overwrite=False,
+                           accumulate=1, shard=False, compile=False)
     assert "student exists" in refused(disback.claim, args, made, "backtrack", {})
     args.overwrite = True
     disback.claim(args, made, "backtrack", {})
