@@ -44,7 +44,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 ASKED: list[int] = []  # signals that ask to stop
-RANKS = "(?i)gloo|nccl"  # what an error says that comes from between the ranks
+RANKS = r"(?i)\bgloo\b|\bnccl\b"  # what an error says that comes from between the ranks
 
 
 def score_matching_loss(net: Callable, x0: Tensor, sigma: Tensor, cond: Any = None,
@@ -167,7 +167,7 @@ def blame(what: str) -> Iterator[None]:
     except (Refusal, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a file that is broken can fail in any way
-        if re.search(RANKS, str(error)):
+        if isinstance(error, RuntimeError) and re.search(RANKS, str(error)):
             raise
         raise Refusal(f"{what} ({type(error).__name__}: {str(error)[:300]})") from error
 
