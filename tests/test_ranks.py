@@ -143,20 +143,23 @@ def test_a_signal_to_one_of_two_sharded_ranks_saves_a_checkpoint_that_one_rank_r
     """Also where the first rank takes its time to write, and the signal is repeated."""
     shutil.copytree(recorded / "path", tmp_path / "path")
     argv = ["toy2d", "--out", tmp_path, *BACKTRACK]
-    said, codes = two_ranks(["backtrack", *argv, "--shard"], first="""
+    said, codes = two_ranks(["backtrack", *argv, "--shard"], first=f"""
 import signal, time, torch
-stop_asked, save, steps = disback.stop_asked, torch.save, []
+stop_asked, save, leave, steps = disback.stop_asked, torch.save, sys.exit, []
 def asked():
     steps.append(1)
     if len(steps) == 13 and disback.rank() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     return stop_asked()
 def slow(*args):
-    os.kill(os.getpid(), signal.SIGTERM) if len(steps) == 13 else None
+    for _ in range(2 if len(steps) == 13 else 0):
+        os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(1)
     save(*args)
-disback.stop_asked, torch.save = asked, slow
-disback.ASKED.clear()
+def last(message):
+    assert torch.load({str(tmp_path / "state.pt")!r}, weights_only=True)["step"] == 13
+    leave(message)
+disback.stop_asked, torch.save, sys.exit = asked, slow, last
 """)
     assert codes == [1, 1] and said.count("stopped by SIGTERM after step 13") == 2, said
     state = torch.load(tmp_path / "state.pt", weights_only=True)
