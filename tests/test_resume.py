@@ -161,3 +161,17 @@ def test_a_run_that_goes_astray_warns_before_it_is_lost(
                     "--steps", "60", "--log-every", "5"])
     said = capsys.readouterr().err
     assert said.count("warning: the mismatch degree has grown") == 1
+
+
+def test_outside_the_loop_signals_do_what_they_did(recorded, tmp_path, no_figures):
+    def mine(*_):
+        raise AssertionError
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        shutil.copytree(recorded / "path", tmp_path / "path")
+        backtrack.main(["toy2d", "--out", str(tmp_path), *BACKTRACK])
+        assert signal.getsignal(signal.SIGTERM) is mine
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)

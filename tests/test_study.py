@@ -197,7 +197,8 @@ def test_a_run_is_that_of_the_stages_and_fits_in_the_budget(tmp_path, no_figures
     assert path["curve"]["kevals"][-1] == round(spent / 1e3)
     assert len(path["curve"]["swd"]) >= 12 and path["final"]["swd"] == pytest.approx(
         path["curve"]["swd"][-1], rel=1e-2)
-    assert len(path["halves"]) >= 6
+    at = [round((path["stage1"] + 8 * 64 * step) / 1e3) for step in (1, 5, 10, 20)]
+    assert [row[0] for row in path["halves"]] == at  # its 29 iterations reach no later look
 
 
 def test_a_run_that_diverges_is_a_line_and_counts_as_infinitely_far():

@@ -9,6 +9,7 @@ evaluations: what stage 1 takes, stage 2 lacks.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import fcntl
 import hashlib
@@ -70,6 +71,7 @@ ARMS |= {f"n{n}_i{i}": {"nodes": n, "interval": i} for n in (3, 10, 30) for i in
          if n * i < 400 and (n, i) != (10, 10)}  # (10, 10) is DisBack's; 30 x 33 does not end
 MAP_ARMS = ("vsd_tuned", "disback")
 CONSTANT_WALK = ("n1_i10", "n3_i33", "n30_i3")  # together about as many iterations at nodes
+EARLY = (1, 5, 10, 20, 30, 45, 60, 75, 90)  # iterations; then the target is the teacher
 HALVES = ("ring-8-eps", "ring-28-eps", "poor-8-eps")  # cells where the mismatch is measured
 ABLATION = (*list(ARMS)[2:10], *CONSTANT_WALK)
 
@@ -147,7 +149,8 @@ def execute(grid: Grid, run: tuple) -> dict:
             "settings": settings(grid, cell, arm),
             "versions": f"{sys.version.split()[0]} {torch.__version__}"}  # Python, torch
     measure = judged and cell in HALVES and arm in MAP_ARMS
-    with tempfile.TemporaryDirectory() as folder, quiet(), spy(measure) as found:
+    data = CELLS[cell]["data"]
+    with tempfile.TemporaryDirectory() as folder, quiet(), spy(data, measure) as found:
         stage1 = record(Path(folder), flags, arm) if ARMS[arm] != VSD else 0
         steps = grid.budget[cell] - math.ceil(stage1 / (8 * batch))
         every = max(steps // 12, 1) if judged else steps  # of a tuning run, only the end
@@ -252,22 +255,31 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def spy(measure: bool) -> Iterator[list[tuple[int, float, float]]]:
-    """In the place of the stages' checkpoints, which nobody would resume: both halves of the
-    mismatch, (step, teacher's, fake's), measured there if `measure`."""
-    found: list[tuple[int, float, float]] = []
+def spy(data: str, measure: bool) -> Iterator[list[tuple[int, float, float]]]:
+    """Without checkpoints, which nobody would resume; and, if `measure`, with both halves of the
+    mismatch, (step, teacher's, fake's), often while a target walks, then every 50 iterations."""
+    found, nets, step = [], [], 0
+    ready, walk_on = disback.ready, disback.Walk.step
 
-    def instead(file: Path, step: int, nets: dict, optimizers: dict, settings: dict, **_) -> None:
-        if measure and "fake" in nets:
-            fields = [field.name for field in dataclasses.fields(problem.Config)]
-            config = problem.Config(**{name: settings[name] for name in fields})
-            data = getattr(mixture, config.data)()
-            with torch.random.fork_rng(devices=[]):
-                teacher, _ = problem.trained_teacher(config, data)
-            found.append((step, *halves(teacher, nets["fake"], nets["student"], data,
-                                        config.sigma_max)))
+    def remember(net: torch.nn.Module, *args: object, trained: bool = False) -> torch.nn.Module:
+        if trained:  # in stage 2 the student, then the fake
+            nets.append(net)
+        return ready(net, *args, trained=trained)
 
-    with replaced(disback, "save_state", instead):
+    def look(walk: disback.Walk, mismatch: torch.Tensor) -> bool:
+        nonlocal step
+        step += 1
+        if measure and (step in EARLY or step % 50 == 0):
+            teacher = copy.deepcopy(walk.target)
+            if walk.path:
+                walk.path.load(0, teacher)
+            student, fake = nets[-2:]
+            found.append((step, *halves(teacher, fake, student, getattr(mixture, data)(),
+                                        problem.PRESETS[data].sigma_max)))
+        return walk_on(walk, mismatch)
+
+    with (replaced(disback, "save_state", lambda *_, **__: None),
+          replaced(disback, "ready", remember), replaced(disback.Walk, "step", look)):
         yield found
 
 

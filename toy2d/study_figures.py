@@ -151,7 +151,7 @@ def draw_map(grid: study.Grid, lines: Lines) -> plt.Figure | None:
     for axis, factor, level in zip(axes, (1.0, 2.0), ("the SWD", "twice the SWD")):
         for cell, at in cells.items():
             draw_cell(axis, *at, cell, compare(grid, lines, cell, factor=factor))
-        axis.set_xticks(range(len(columns)), [*starts, "distance 8,\npoor teacher", "others"])
+        axis.set_xticks(range(len(columns)), [*starts, "distance 8, teacher\nof 300 steps", "others, all\nwith weighting eps"])
         axis.set_yticks(range(3), [f"weighting\n{w}" for w in study.WEIGHTINGS])
         axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(2.5, -0.5))
         axis.tick_params(length=0)
@@ -159,8 +159,8 @@ def draw_map(grid: study.Grid, lines: Lines) -> plt.Figure | None:
         axis.set_title(f"to {level} at which tuned VSD ends its budget", fontsize=11)
     figure.suptitle(
         "DisBack's network evaluations / tuned VSD's, median of paired seeds and 95% interval\n"
-        "blue, below 1: DisBack wins.  red, above 1: it loses.  grey: undecided.  white: not "
-        "run\nwhere neither arrives, a draw, 1; where only VSD does not, its budget counts")
+        "blue, below 1: DisBack wins.  red, above 1: it loses.  grey: undecided\n"
+        "where neither arrives, a draw, 1; where only VSD does not, its budget counts")
     return figure
 
 
@@ -232,6 +232,9 @@ def draw_halves(grid: study.Grid, lines: Lines) -> plt.Figure | None:
                 band(axis, grid, lines, cell, arm, lambda line, column=column: (
                     [row[0] for row in line["halves"]], [row[column] for row in line["halves"]]),
                     linestyle=dashes, label=f"{NAMES[arm]}: {name}")
+        walks = [line["halves"] for line in judged(grid, lines, cell, "disback")]
+        if walks and len(walks[0]) > len(study.EARLY):
+            axis.axvline(walks[0][len(study.EARLY) - 1][0], color="black", linestyle=":")
         axis.set(yscale="log", xlabel="network evaluations, thousands (stage 1 included)")
         axis.set_title(title(cell), fontsize=10)
         readable(axis)
@@ -239,7 +242,8 @@ def draw_halves(grid: study.Grid, lines: Lines) -> plt.Figure | None:
         return None
     axes[0].set_ylabel("mean |D - exact D| / (sigma + 0.5)\nat the student's noised samples")
     axes[0].legend(fontsize=8)
-    figure.suptitle("The two halves of the score mismatch, measured against exact scores")
+    figure.suptitle("The two halves of the score mismatch, measured against exact scores; right of "
+                    "the dotted line DisBack's target is the teacher, left of it a node")
     return figure
 
 
@@ -258,7 +262,9 @@ def draw_ablation(grid: study.Grid, lines: Lines) -> plt.Figure | None:
         shares = [compare(grid, lines, cell, arm, 2.0)["share"] for arm in arms]
         bars(left, arms, ends)
         bars(right, arms, shares)
-        left.set(yticks=range(len(arms)), xlabel="final SWD")
+        left.set(yticks=range(len(arms)), xlabel="final SWD", xscale="log")
+        left.set_xlim(0.1, None)
+        left.xaxis.set_major_formatter("{x:g}")
         left.set_yticklabels([NAMES[arm] for arm in arms], fontsize=8)
         left.set_title(title(cell), fontsize=10)
         right.set_title("evaluations to twice the final SWD of tuned VSD", fontsize=10)
@@ -347,7 +353,8 @@ def draw_rates(grid: study.Grid, lines: Lines) -> plt.Figure | None:
         return None
     axes[0].set_ylabel("final SWD")
     axes[0].legend(fontsize=8)
-    figure.suptitle("Sensitivity to the learning rate: the median run, and each of them")
+    figure.suptitle("Sensitivity to the learning rate: the median run, and each of them\n"
+                    "(ten seeds on the left, the three tuning seeds on the right)")
     return figure
 
 
