@@ -151,7 +151,8 @@ def draw_map(grid: study.Grid, lines: Lines) -> plt.Figure | None:
     for axis, factor, level in zip(axes, (1.0, 2.0), ("the SWD", "twice the SWD")):
         for cell, at in cells.items():
             draw_cell(axis, *at, cell, compare(grid, lines, cell, factor=factor))
-        axis.set_xticks(range(len(columns)), [*starts, "distance 8, teacher\nof 300 steps", "others, all\nwith weighting eps"])
+        axis.set_xticks(range(len(columns)), [
+            *starts, "distance 8, teacher\nof 300 steps", "others, all\nwith weighting eps"])
         axis.set_yticks(range(3), [f"weighting\n{w}" for w in study.WEIGHTINGS])
         axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(2.5, -0.5))
         axis.tick_params(length=0)
@@ -233,8 +234,8 @@ def draw_halves(grid: study.Grid, lines: Lines) -> plt.Figure | None:
                     [row[0] for row in line["halves"]], [row[column] for row in line["halves"]]),
                     linestyle=dashes, label=f"{NAMES[arm]}: {name}")
         walks = [line["halves"] for line in judged(grid, lines, cell, "disback")]
-        if walks and len(walks[0]) > len(study.EARLY):
-            axis.axvline(walks[0][len(study.EARLY) - 1][0], color="black", linestyle=":")
+        if walks and len(walks[0]) > len(study.EARLY):  # iteration 50 is among the looks, too
+            axis.axvline(walks[0][len(study.EARLY)][0], color="black", linestyle=":")
         axis.set(yscale="log", xlabel="network evaluations, thousands (stage 1 included)")
         axis.set_title(title(cell), fontsize=10)
         readable(axis)
@@ -264,13 +265,15 @@ def draw_ablation(grid: study.Grid, lines: Lines) -> plt.Figure | None:
         bars(right, arms, shares)
         left.set(yticks=range(len(arms)), xlabel="final SWD", xscale="log")
         left.set_xlim(0.1, None)
+        left.xaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         left.xaxis.set_major_formatter("{x:g}")
+        left.xaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
         left.set_yticklabels([NAMES[arm] for arm in arms], fontsize=8)
         left.set_title(title(cell), fontsize=10)
         right.set_title("evaluations to twice the final SWD of tuned VSD", fontsize=10)
         right.set_xlabel("share of the budget, stage 1 included")
-    axes[0, 0].figure.suptitle("Ablations, every arm with its own tuned rates: medians and 95% "
-                               "intervals; less is better")
+    figure.suptitle("Ablations, each but the purple with its own tuned rates: medians and 95% "
+                    "intervals; less is better")
     return figure
 
 
