@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     adam = functools.partial(torch.optim.AdamW, betas=(config.beta1, config.beta2),
                              weight_decay=config.weight_decay, fused=True)
     adam_student, adam_fake = adam(student.parameters()), adam(fake.parameters())
-    nets = dict(student=student, fake=fake, ema=ema)
+    nets, shown = dict(student=student, fake=fake, ema=ema), disback.Together(ema)
     optimizers = dict(student=adam_student, fake=adam_fake)
 
     state, log, snapshot_inputs = args.out / "state.pt", args.out / "log.jsonl", problem.snapshot()
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
 
     def snapshot(step):
         with torch.no_grad():
-            x0 = problem.generate(ema, *snapshot_inputs)
+            x0 = problem.generate(shown, *snapshot_inputs)
         disback.save_tensors(args.out / "snapshots" / f"{step:07d}.safetensors",
                              {"x0": x0, "node": torch.tensor(walk.node)})
 
@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
             disback.log(log, step, walk.node, loss_fake=mean_fake, mismatch=mean_mismatch,
                         spread=disback.mean_over_ranks(spread).item(),
                         network_evals=evals_a_step * step, seconds=time.perf_counter() - began,
-                        **problem.evaluate(ema))
+                        **problem.evaluate(shown))
             if disback.rank() == 0 and (warning := disback.alarm(log)):
                 progress.write(f"warning: {warning} (iteration {step})", file=sys.stderr)
             progress.set_postfix(node=walk.node, mismatch=f"{mean_mismatch:.3g}")
@@ -146,7 +146,7 @@ def main(argv: list[str]) -> None:
         "fake_init": fake_init, "node": walk.node, "steps": steps,
         "peak_memory_bytes": disback.peak_memory(), "seconds": time.perf_counter() - began,
         "network_evals": {"stage1": stage1, "stage2": stage2, "total": stage1 + stage2},
-        **problem.evaluate(ema)})
+        **problem.evaluate(shown)})
     disback.barrier()
     problem.draw(args.out, path, args.compare)
     if walk.node > 0:

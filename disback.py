@@ -248,7 +248,13 @@ def start(stage: str, doc: str, argv: list[str], **flags: dict) -> tuple[Any, Pr
     changes = {key[7:]: value for key, value in vars(args).items() if key.startswith("config.")}
     if getattr(args, "dry_run", False):
         sys.exit(print(module.dry_run(args.preset, **changes)))  # None: status 0
-    join_ranks(args)
+    if args.resume and args.overwrite:
+        refuse("--resume goes on with a run, --overwrite replaces it: name one of them")
+    if args.accumulate < 1:
+        refuse(f"--accumulate must be at least 1, not {args.accumulate}")
+    if args.shard and "RANK" not in os.environ:
+        refuse("--shard spreads over ranks: torchrun --nproc_per_node=N starts them")
+    join_ranks()
     for turn in (0, 1):  # what the first rank trains or fetches, the others find
         if turn == min(rank(), 1):
             problem = module.make(args.preset, args.seed,
@@ -381,14 +387,8 @@ def barrier() -> None:
         dist.barrier()
 
 
-def join_ranks(args: Any) -> None:
+def join_ranks() -> None:
     """Join torchrun's ranks, each with a GPU of its own where there are any."""
-    if args.resume and args.overwrite:
-        refuse("--resume goes on with a run, --overwrite replaces it: name one of them")
-    if args.accumulate < 1:
-        refuse(f"--accumulate must be at least 1, not {args.accumulate}")
-    if "RANK" not in os.environ and args.shard:
-        refuse("--shard spreads over ranks: torchrun --nproc_per_node=N starts them")
     here, gpu = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
     if gpu:
         if here >= torch.cuda.device_count():
@@ -419,6 +419,24 @@ def mean_over_ranks(numbers: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(numbers)
     return numbers / ranks()
+
+
+class Together(nn.Module):
+    """A network, or another function of samples, that every rank calls alike: each answers for its
+    share of the n samples where n can be divided, and all get all n answers."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        if ranks() == 1 or len(x) % ranks():
+            return self.function(x, *rest)
+        (mine,) = share(len(x), 1, x, *rest)
+        answer = self.function(*mine).contiguous()
+        answers = answer.new_empty(len(x), *answer.shape[1:])
+        dist.all_gather_into_tensor(answers, answer)
+        return answers
 
 
 def shard(net: nn.Module, blocks: tuple[type, ...]) -> None:

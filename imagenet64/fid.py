@@ -105,6 +105,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
+    disback.join_ranks()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.source.endswith(".npz"):
         base, config = Path(args.source).with_suffix(".fid"), problem.PRESETS[args.preset or "tiny"]
@@ -123,11 +124,12 @@ def main(argv: list[str]) -> None:
                             else features.of_inception(*files(args), device))
     name = f"{base.name}-{size}x{blocks}"
     under_way = base.with_name(name + ".partial.safetensors")
-    result = measure(batches, extractor, reference, size, blocks, under_way,
+    result = measure(batches, disback.Together(extractor), reference, size, blocks, under_way,
                      about | extractor.about)
     disback.save_json(base.with_name(name + ".json"), result)
-    under_way.unlink()  # only now, so that a full disk costs no measurement
-    print(json.dumps(result, indent=1))
+    if disback.rank() == 0:
+        under_way.unlink()  # only now, so that a full disk costs no measurement
+        print(json.dumps(result, indent=1))
 
 
 def files(args: argparse.Namespace) -> tuple[Path, Path]:

@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
         disback.refuse(f"--to must be a .png or an .npz file, not {file}")
     if args.images < 1 or not 0 <= args.seed < 2**63 - args.images:
         disback.refuse("--images must be at least 1, --seed at least 0, and both below 2**63")
+    disback.join_ranks()
     sample, _, _ = source(args, args.classes)
     batches = sample(range(args.seed, args.seed + args.images))
     made = list(tqdm(batches, total=-(-args.images // args.batch), unit="batch"))
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> None:
     else:
         arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "arr_1": classes.numpy()}
         disback.atomically(file, lambda beside: save_npz(beside, arrays))
-    print(file)
+    if disback.rank() == 0:
+        print(file)
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +104,7 @@ def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
     count = problem.NETWORKS[config.images]["label_dim"]
     for wrong in (c for c in classes or () if not 0 <= c < count):
         disback.refuse(f"--classes must be from 0 to {count - 1}, not {wrong}")
-    net = net.to(device, memory_format=torch.channels_last)
+    net = disback.Together(net.to(device, memory_format=torch.channels_last))
 
     @torch.no_grad()
     def images(seeds: range) -> Iterable[tuple[Tensor, Tensor]]:

@@ -207,6 +207,23 @@ def test_more_ranks_than_the_batch_divides_into_are_refused(tmp_path, monkeypatc
                         "--accumulate", "2"])
 
 
+def test_two_ranks_answer_together_what_one_answers_alone():
+    said, codes = two_ranks(first="""
+import torch
+disback.join_ranks()
+seen = []
+def function(x, factor, cond):
+    seen.append(len(x))
+    return factor * x + cond["shift"]
+for n in (6, 5):
+    x, cond = torch.arange(float(n))[:, None], {"shift": torch.arange(float(n))[:, None]}
+    answer = disback.Together(function)(x, torch.tensor(3.0), cond)
+    assert torch.equal(answer, 4 * torch.arange(float(n))[:, None])
+assert seen == [3, 5]  # five cannot be shared by two
+""")
+    assert codes == [0, 0], said
+
+
 def test_shares_are_disjoint_and_make_up_the_batch(monkeypatch):
     monkeypatch.setattr(disback, "ranks", lambda: 3)
     x, cond, scalar = torch.arange(12.0)[:, None], {"text": torch.arange(12)}, torch.ones(())
@@ -289,8 +306,6 @@ def test_edms_network_can_be_put_in_shards(one_rank):
 
 @pytest.mark.parametrize("gpu, backend", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
 def test_ranks_on_gpus_can_also_talk_on_the_cpu(monkeypatch, gpu, backend):
-    from types import SimpleNamespace
-
     asked = []
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
@@ -298,10 +313,9 @@ def test_ranks_on_gpus_can_also_talk_on_the_cpu(monkeypatch, gpu, backend):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: asked.append(backend))
-    args = SimpleNamespace(resume=False, overwrite=False, accumulate=1, shard=False)
-    disback.join_ranks(args)
+    disback.join_ranks()
     assert asked == [backend]
     monkeypatch.setenv("LOCAL_RANK", "1")
     if gpu:
         with pytest.raises(disback.Refusal, match="there are 1 GPUs"):
-            disback.join_ranks(args)
+            disback.join_ranks()
