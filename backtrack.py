@@ -61,6 +61,7 @@ def main(argv: list[str]) -> None:
     k = config.fake_updates
     evals_a_step = batch * (4 + problem.guide_evals + 3 * k + (k - 1))
     share = functools.partial(disback.share, batch, args.accumulate)
+    weight = torch.tensor(1 / args.accumulate, device=snapshot_inputs[0].device)  # of a part's loss
 
     def snapshot(step):
         with torch.no_grad():
@@ -88,14 +89,14 @@ def main(argv: list[str]) -> None:
         decay = (1 + math.cos(math.pi * (step - 1) / steps)) / 2 if config.decay == "cosine" else 1
         z, cond = problem.sample_inputs(batch)
         sigma, eps = problem.sample_sigma_vsd(batch), torch.randn_like(z)
-        samples, numbers = [], torch.zeros_like(totals)
+        samples, mismatches = [], []
         for z_i, cond_i, sigma_i, eps_i in share(z, cond, sigma, eps):
             x0 = problem.generate(trained_student, z_i, cond_i)
             loss, mismatch = disback.vsd_loss(  # Eq. 8
                 x0, sigma_i, fake, guided, cond_i, config.weighting, eps_i)
-            (loss / args.accumulate).backward()
+            loss.backward(weight)
             samples.append((x0.detach(), cond_i))
-            numbers[1] += mismatch / args.accumulate
+            mismatches.append(mismatch)
         disback.update(adam_student, config.lr_student * decay, problem.clip)
         if ema is not student:
             average(ema_weights, weights, None)
@@ -107,14 +108,15 @@ def main(argv: list[str]) -> None:
                     samples = [(problem.generate(student, *inputs), inputs[1])
                                for inputs in share(z, cond)]
             sigma, eps = problem.sample_sigma(batch), torch.randn_like(z)
-            numbers[0] = 0
+            losses = []
             for (x0, cond_i), (sigma_i, eps_i) in zip(samples, share(sigma, eps)):
                 loss = disback.score_matching_loss(  # Eq. 5
                     trained_fake, x0, sigma_i, cond_i, problem.score_weight(sigma_i), eps_i)
-                (loss / args.accumulate).backward()
-                numbers[0] += loss.detach() / args.accumulate
+                loss.backward(weight)
+                losses.append(loss.detach())
             disback.update(adam_fake, config.lr_fake * decay, problem.clip)
 
+        numbers = torch.stack([sum(losses), sum(mismatches)]) * weight
         numbers = disback.mean_over_ranks(numbers)
         totals, stop = totals + numbers, disback.stop_asked()
         save = step % config.save_every == 0 or step == steps
