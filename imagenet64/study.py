@@ -1,10 +1,10 @@
 """When does backtracking pay on images? Two starts, two arms: python -m imagenet64.study
 
-As toy2d/study.py, on preset tiny. A run goes through degrade.main and backtrack.main and leaves one
-JSON line in lines.jsonl, from which alone the figure is drawn; a study that was stopped goes on. An
-arm gets the learning rate whose final Fréchet distance is least on the tuning seed, of the same for
-both arms, and is judged on other seeds. Both arms of a start have the same budget of network
-evaluations: what stage 1 takes, stage 2 lacks.
+As toy2d/study.py, on preset tiny. A run goes through degrade.main and backtrack.main and leaves
+one JSON line in lines.jsonl, from which alone the figure is drawn; a study that was stopped goes
+on. An arm gets the learning rate whose final Fréchet distance is least on the tuning seed, of the
+same for both arms, and is judged on other seeds. Both arms of a start have the same budget of
+network evaluations: what stage 1 takes, stage 2 lacks.
 """
 
 import argparse
