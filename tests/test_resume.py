@@ -78,7 +78,16 @@ def test_a_finished_stage_1_is_left_as_it_is_by_resume(whole, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         degrade.main([*STAGE1, "--out", str(tmp_path), "--resume"])
     assert ended.value.code is None and "recorded already" in capsys.readouterr().out
+    with pytest.raises(disback.Refusal, match="distance 8.0, not 12.0"):
+        degrade.main([*STAGE1, "--out", str(tmp_path), "--resume", "--distance", "12"])
     assert same_path(whole, tmp_path)
+
+
+@pytest.mark.parametrize("stage", [degrade, backtrack])
+def test_a_run_cannot_be_both_resumed_and_replaced(whole, stage):
+    with pytest.raises(disback.Refusal, match="name one of them"):
+        stage.main(["toy2d", "--out", str(whole), "--resume", "--overwrite"])
+    assert (whole / "path" / "path.json").exists()
 
 
 def test_stage_1_refuses_the_checkpoint_of_other_flags_and_a_broken_one(tmp_path, monkeypatch):

@@ -162,6 +162,26 @@ def test_the_student_that_is_saved_is_the_moving_average(recorded, tmp_path, no_
         torch.testing.assert_close(forgetful[name], value)
 
 
+def test_without_an_average_there_is_no_second_student(recorded, tmp_path, no_figures):
+    served = backtracked(recorded, tmp_path, "--ema", "0")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert same(served, state["student"])
+    for name, weight in state["student"].items():  # torch.save keeps what is one in memory one
+        assert weight.data_ptr() == state["ema"][name].data_ptr()
+
+
+def test_bf16_is_of_the_arithmetic_alone():
+    small = dict(width=16, depth=1, teacher_steps=60, teacher_batch=64)
+    full, half = (problem.make("ring", precision=name, **small) for name in ("fp32", "bf16"))
+    assert same(full.teacher.state_dict(), half.teacher.state_dict())
+    x, sigma = torch.randn(64, 2), torch.ones(64, 1)
+    for one, other, inputs in ((full.teacher, half.teacher, (x, sigma)),
+                               (full.student, half.student, (x,))):
+        expected, found = one(*inputs), other(*inputs)
+        assert found.dtype == torch.float32 and not torch.equal(found, expected)
+        torch.testing.assert_close(found, expected, atol=0.05, rtol=0.02)
+
+
 def test_the_denoiser_is_the_raw_network_under_edms_preconditioning():
     torch.manual_seed(0)
     net, x, sigma = model.Denoiser(16, 1, 0.5), torch.randn(4, 2), torch.tensor(
