@@ -197,9 +197,7 @@ def draw_convergence(grid: study.Grid, lines: Lines) -> plt.Figure | None:
             if arm in grid.arms[cell]:
                 band(axis, grid, lines, cell, arm, lambda line: (line["curve"]["kevals"],
                                                                  line["curve"]["swd"]))
-        axis.set(yscale="log", xlabel="network evaluations, thousands (stage 1 included)")
-        axis.set_title(title(cell), fontsize=10)
-        readable(axis)
+        over_evaluations(axis, cell)
     if not any(axis.lines for axis in axes):
         return None
     axes[0].set_ylabel("SWD to the data")
@@ -236,9 +234,7 @@ def draw_halves(grid: study.Grid, lines: Lines) -> plt.Figure | None:
         walks = [line["halves"] for line in judged(grid, lines, cell, "disback")]
         if walks and len(walks[0]) > len(study.EARLY):  # iteration 50 is among the looks, too
             axis.axvline(walks[0][len(study.EARLY)][0], color="black", linestyle=":")
-        axis.set(yscale="log", xlabel="network evaluations, thousands (stage 1 included)")
-        axis.set_title(title(cell), fontsize=10)
-        readable(axis)
+        over_evaluations(axis, cell)
     if not any(axis.lines for axis in axes):
         return None
     axes[0].set_ylabel("mean |D - exact D| / (sigma + 0.5)\nat the student's noised samples")
@@ -368,6 +364,12 @@ def panels(n: int) -> tuple[plt.Figure, Sequence[plt.Axes]]:
     figure, axes = plt.subplots(rows, columns, figsize=(1 + 4.2 * columns, 0.4 + 3.7 * rows),
                                 squeeze=False, layout="constrained")
     return figure, list(axes.flat)
+
+
+def over_evaluations(axis: plt.Axes, cell: str) -> None:
+    axis.set(yscale="log", xlabel="network evaluations, thousands (stage 1 included)")
+    axis.set_title(title(cell), fontsize=10)
+    readable(axis)
 
 
 def readable(axis: plt.Axes) -> None:
