@@ -46,11 +46,10 @@ def main(argv: list[str]) -> None:
                         config.switch == "adaptive")
     guided, average = functools.partial(problem.guide, target), get_ema_multi_avg_fn(config.ema)
     weights, ema_weights = list(student.parameters()), list(ema.parameters())
-    adam = functools.partial(torch.optim.AdamW, betas=(config.beta1, config.beta2),
-                             weight_decay=config.weight_decay, fused=True)
-    adam_student, adam_fake = adam(student.parameters()), adam(fake.parameters())
     nets, shown = dict(student=student, fake=fake, ema=ema), disback.Together(ema)
-    optimizers = dict(student=adam_student, fake=adam_fake)
+    optimizers = {name: torch.optim.AdamW(nets[name].parameters(), weight_decay=config.weight_decay,
+                                          betas=(config.beta1, config.beta2), fused=True)
+                  for name in ("student", "fake")}
 
     state, log, snapshot_inputs = args.out / "state.pt", args.out / "log.jsonl", problem.snapshot()
     settings = {**problem.about, **dataclasses.asdict(config), "target": args.target,
@@ -97,7 +96,7 @@ def main(argv: list[str]) -> None:
             loss.backward(weight)
             samples.append((x0.detach(), cond_i))
             mismatches.append(mismatch)
-        disback.update(adam_student, config.lr_student * decay, problem.clip)
+        disback.update(optimizers["student"], config.lr_student * decay, problem.clip)
         if ema is not student:
             average(ema_weights, weights, None)
 
@@ -114,10 +113,9 @@ def main(argv: list[str]) -> None:
                     trained_fake, x0, sigma_i, cond_i, problem.score_weight(sigma_i), eps_i)
                 loss.backward(weight)
                 losses.append(loss.detach())
-            disback.update(adam_fake, config.lr_fake * decay, problem.clip)
+            disback.update(optimizers["fake"], config.lr_fake * decay, problem.clip)
 
-        numbers = torch.stack([sum(losses), sum(mismatches)]) * weight
-        numbers = disback.mean_over_ranks(numbers)
+        numbers = disback.mean_over_ranks(torch.stack([sum(losses), sum(mismatches)]) * weight)
         totals, stop = totals + numbers, disback.stop_asked()
         save = step % config.save_every == 0 or step == steps
         if save or step % config.log_every == 0:
@@ -128,8 +126,6 @@ def main(argv: list[str]) -> None:
                         spread=disback.mean_over_ranks(spread).item(),
                         network_evals=evals_a_step * step, seconds=time.perf_counter() - began,
                         **problem.evaluate(shown))
-            if disback.rank() == 0 and (warning := disback.alarm(log)):
-                progress.write(f"warning: {warning} (iteration {step})", file=sys.stderr)
             progress.set_postfix(node=walk.node, mismatch=f"{mean_mismatch:.3g}")
         if walk.step(numbers[1]) or save:
             snapshot(step)
@@ -138,7 +134,6 @@ def main(argv: list[str]) -> None:
                                age=walk.age, mismatch=walk.mismatch, totals=totals, since=since,
                                seconds=time.perf_counter() - began)
         if stop:
-            disback.barrier()  # the first rank is still writing
             sys.exit(f"stopped by {stop} after step {step}: --resume goes on from there")
 
     disback.save_tensors(args.out / "student.safetensors", ema.state_dict())

@@ -134,7 +134,6 @@ def main(argv: list[str]) -> None:
                                settings=settings, kept=recorder.kept,
                                seconds=seconds + time.perf_counter() - began)
         if stop:
-            disback.barrier()  # the first rank is still writing
             sys.exit(f"stopped by {stop} after step {step}: --resume goes on from there")
 
     # In forwards of the network a step costs 4: the student's, and a forward and a backward of 3;

@@ -42,6 +42,7 @@ from torch.distributed.checkpoint import state_dict as whole
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 ASKED: list[int] = []  # signals that ask to stop
 RANKS = r"(?i)\bgloo\b|\bnccl\b"  # what an error says that comes from between the ranks
@@ -336,14 +337,18 @@ def claim(args: Any, problem: Problem, stage: str, settings: dict) -> None:
 
 
 def log(file: File, step: int, node: Any, **numbers: float) -> None:
-    """Add a line to log.jsonl, or refuse to go on where a number is not finite."""
+    """Add a line to log.jsonl, and warn where `alarm` does; refuse to go on where a number is not
+    finite."""
     for name, number in numbers.items():
         if not math.isfinite(number):
             raise Refusal(f"{name} is {number} at step {step}, node {node}: try lower learning "
                           f"rates; what was saved before is kept in {file.parent}")
-    if rank() == 0:
-        with open(file, "a") as handle:
-            handle.write(json.dumps({"step": step, "node": node, **numbers}) + "\n")
+    if rank() > 0:
+        return
+    with open(file, "a") as handle:
+        handle.write(json.dumps({"step": step, "node": node, **numbers}) + "\n")
+    if "spread" in numbers and (warning := alarm(file)):
+        tqdm.write(f"warning: {warning} (iteration {step})", file=sys.stderr)
 
 
 def alarm(file: File) -> str:
@@ -538,6 +543,7 @@ def save_state(file: File, step: int, nets: dict[str, nn.Module],
         state["adam_" + name] = whole.get_optimizer_state_dict(nets[name], optimizer,
                                                                options=options)
     atomically(file, lambda beside: torch.save(state, beside))
+    barrier()  # no rank goes on, or ends, while the first is still writing
 
 
 def load_state(file: File, nets: dict[str, nn.Module],

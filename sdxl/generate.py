@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import LCMScheduler, StableDiffusionXLPipeline
 from huggingface_hub import hf_hub_download
@@ -36,16 +37,20 @@ def main(argv: list[str]) -> None:
         disback.refuse("--batch must be 1 or more, and --seeds from 0 to 2**63 - 1")
     with disback.blame(f"--out takes a folder, which {args.out} is not"):
         args.out.mkdir(parents=True, exist_ok=True)
+    disback.join_ranks()
     pipe, about = load(args.student, args.base)
-    text.note_long(args.prompts, pipe.tokenizer)
+    if disback.rank() == 0:
+        text.note_long(args.prompts, pipe.tokenizer)
     seeds = list(dict.fromkeys(args.seeds))  # a seed that is given twice makes one picture
     jobs = [(prompt, seed) for prompt in args.prompts for seed in seeds]
-    images = [image for i in range(0, len(jobs), args.batch)
-              for image in pictures(pipe, about, jobs[i:i + args.batch])]
+    made = disback.Together(lambda part: pixels(pictures(pipe, about, [jobs[i] for i in part])))
+    images = [Image.fromarray(image.numpy())
+              for part in torch.arange(len(jobs)).split(args.batch) for image in made(part)]
     for i, (image, (_, seed)) in enumerate(zip(images, jobs)):
         save_png(args.out / f"{i // len(seeds):02d}-{seed}.png", image)
     save_png(args.out / "grid.png", grid(images, len(seeds)))
-    print(f"{len(images)} pictures and grid.png are in {args.out}")
+    if disback.rank() == 0:
+        print(f"{len(images)} pictures and grid.png are in {args.out}")
 
 
 def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeline, dict]:
@@ -83,6 +88,11 @@ def pictures(pipe: StableDiffusionXLPipeline, about: dict, jobs: list[tuple[str,
     return pipe([prompt for prompt, _ in jobs], num_inference_steps=1, guidance_scale=0,
                 timesteps=[about["timestep"]], generator=noise, height=about["size"],
                 width=about["size"]).images
+
+
+def pixels(images: list) -> torch.Tensor:
+    """uint8 [n, h, w, 3] of n images."""
+    return torch.stack([torch.from_numpy(np.array(image)) for image in images])
 
 
 def grid(images: list, columns: int) -> Image.Image:

@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import BACKTRACK, DEGRADE, ROOT
+from PIL import Image
 from safetensors.torch import load_file
 
 import backtrack
@@ -259,6 +261,33 @@ def test_sharded_sdxl_records_and_learns_what_accumulation_does_on_one_rank(tmp_
                            for state in (found, expected))
         assert (found - expected).norm() < 1e-3 * expected.norm()
     assert (two / "student" / "unet").is_dir()
+
+
+def test_two_ranks_share_the_pictures_of_one_and_the_first_writes_them(tmp_path, capfd):
+    from sdxl import generate, model
+
+    base = model.find("", tmp_path)
+    argv = ["a dog", "a cat", "q " * 80, "--student", str(base / model.WEIGHTS[0]), "--base",
+            str(base), "--batch", "2", "--out"]
+    generate.main([*argv, str(tmp_path / "one")])
+    alone = capfd.readouterr().err
+    said, codes = two_ranks(first=f"""
+from sdxl import generate
+pictures, asked = generate.pictures, []
+def counted(pipe, about, jobs):
+    asked.append(len(jobs))
+    return pictures(pipe, about, jobs)
+generate.pictures = counted
+generate.main({[*argv, str(tmp_path / "two")]!r})
+assert asked == [1, 1]  # of two pictures one, and the last
+""")
+    assert codes == [0, 0], said
+    assert said.count("over 77 tokens") == alone.count("over 77 tokens") == 1
+    assert capfd.readouterr().out.count("3 pictures and grid.png") == 1
+    for file in ("00-0.png", "01-0.png", "02-0.png", "grid.png"):
+        one, two = (np.asarray(Image.open(tmp_path / out / file)).astype(int)
+                    for out in ("one", "two"))
+        assert np.abs(one - two).max() <= 1, file
 
 
 @pytest.fixture
