@@ -31,22 +31,22 @@ def main(argv: list[str]) -> None:
     if args.compare:
         disback.load_json(args.compare / "metrics.json", "--compare takes a finished run")
 
-    # Only the target walks, the teacher in whose place the nodes are put; the fake learns.
+    # Only the target walks: nodes are loaded over the teacher's own weights. The fake learns.
     student, target = problem.student, problem.teacher
     fake = copy.deepcopy(problem.teacher)
     ema = copy.deepcopy(student) if config.ema > 0 else student
     trained_student, trained_fake = (disback.ready(net, args, problem.blocks, trained=True)
                                      for net in (student, fake))
     disback.ready(target, args, problem.blocks)
-    if args.shard and ema is not student:  # never compiled: it is called seldom, in other batches
-        disback.shard(ema, problem.blocks)
+    if ema is not student:  # it is called seldom, in batches of other sizes
+        disback.ready(ema, args, problem.blocks, compiled=False)
     if fake_init == "degraded":
         path.load(len(path) - 1, fake)
     walk = disback.Walk(path if args.target == "path" else None, target, config.interval,
                         config.switch == "adaptive")
     guided, average = functools.partial(problem.guide, target), get_ema_multi_avg_fn(config.ema)
     weights, ema_weights = list(student.parameters()), list(ema.parameters())
-    nets, shown = dict(student=student, fake=fake, ema=ema), disback.Together(ema)
+    nets, shown = dict(student=student, fake=fake, ema=ema), disback.SplitOverRanks(ema)
     optimizers = {name: torch.optim.AdamW(nets[name].parameters(), weight_decay=config.weight_decay,
                                           betas=(config.beta1, config.beta2), fused=True)
                   for name in ("student", "fake")}
@@ -56,11 +56,10 @@ def main(argv: list[str]) -> None:
                 "fake_init": fake_init, "path": path and disback.sha256(path.folder / "path.json")}
 
     # In forwards of the network, an update of the student costs 5: its own forward, the backward's
-    # 2, fake and target; one of the fake 3. The first takes the student's sample, others draw one.
+    # 2, fake and target; one of the fake 3. Its first takes the student's samples, others draw new.
     k = config.fake_updates
     evals_a_step = batch * (4 + problem.guide_evals + 3 * k + (k - 1))
     share = functools.partial(disback.share, batch, args.accumulate)
-    weight = torch.tensor(1 / args.accumulate, device=snapshot_inputs[0].device)  # of a part's loss
 
     def snapshot(step):
         with torch.no_grad():
@@ -76,15 +75,14 @@ def main(argv: list[str]) -> None:
         walk.node, walk.age, walk.mismatch = then["node"], then["age"], then["mismatch"]
         if walk.path:
             walk.path.load(walk.node, target)
-        del then  # it keeps the file mapped
-        disback.rewind(log, done)
+        del then  # else a second copy of it all stays
     else:
         disback.claim(args, problem, "backtrack", settings)
         snapshot(0)
     began = time.perf_counter() - seconds
     progress = tqdm(range(done + 1, steps + 1), "backtrack", steps, initial=done,
                     disable=disback.rank() > 0)
-    for step in disback.heeding(progress):
+    for step in disback.stoppable(progress):
         decay = (1 + math.cos(math.pi * (step - 1) / steps)) / 2 if config.decay == "cosine" else 1
         z, cond = problem.sample_inputs(batch)
         sigma, eps = problem.sample_sigma_vsd(batch), torch.randn_like(z)
@@ -93,7 +91,7 @@ def main(argv: list[str]) -> None:
             x0 = problem.generate(trained_student, z_i, cond_i)
             loss, mismatch = disback.vsd_loss(  # Eq. 8
                 x0, sigma_i, fake, guided, cond_i, config.weighting, eps_i)
-            loss.backward(weight)
+            (loss / args.accumulate).backward()
             samples.append((x0.detach(), cond_i))
             mismatches.append(mismatch)
         disback.update(optimizers["student"], config.lr_student * decay, problem.clip)
@@ -111,11 +109,12 @@ def main(argv: list[str]) -> None:
             for (x0, cond_i), (sigma_i, eps_i) in zip(samples, share(sigma, eps)):
                 loss = disback.score_matching_loss(  # Eq. 5
                     trained_fake, x0, sigma_i, cond_i, problem.score_weight(sigma_i), eps_i)
-                loss.backward(weight)
+                (loss / args.accumulate).backward()
                 losses.append(loss.detach())
             disback.update(optimizers["fake"], config.lr_fake * decay, problem.clip)
 
-        numbers = disback.mean_over_ranks(torch.stack([sum(losses), sum(mismatches)]) * weight)
+        numbers = torch.stack([sum(losses), sum(mismatches)]) * (1 / args.accumulate)
+        numbers = disback.mean_over_ranks(numbers)
         totals, stop = totals + numbers, disback.stop_asked()
         save = step % config.save_every == 0 or step == steps
         if save or step % config.log_every == 0:
@@ -146,7 +145,7 @@ def main(argv: list[str]) -> None:
         **problem.evaluate(shown)})
     disback.barrier()
     problem.draw(args.out, path, args.compare)
-    if walk.node > 0:
+    if walk.node > 0 and disback.rank() == 0:
         print(f"note: the target is still node {walk.node}; more --steps reach the teacher")
 
 

@@ -17,10 +17,10 @@ import disback
 class Recorder:
     """Writes nodes of a model while it is trained; node 0 is the teacher, node N the last state.
 
-    Between, "linear" and "log" space them in steps, "arc" equally in disback.distance from the
-    teacher on `samples`, noised ones of the student, (x, sigma, cond) for each part of a batch: of
-    4N log-spaced steps it drops the most crowded. pack(net) are the tensors to store of a node
-    after the first. No second model is in memory. `kept` is what a resumed recorder needs.
+    "linear" and "log" space the others in steps. "arc" spaces them equally in disback.distance
+    from the teacher on `samples`, the student's noised ones as (x, sigma, cond) for each part of a
+    batch: it writes candidates at 4N log-spaced steps and drops the most crowded. pack(net) are
+    the tensors to store of a node after the first. `kept` is what a resumed recorder needs.
     """
 
     def __init__(self, folder: str | Path, teacher: torch.nn.Module, nodes: int, steps: int,
@@ -29,9 +29,9 @@ class Recorder:
         self.folder, self.nodes, self.samples = Path(folder), nodes, samples
         self.pack = pack or torch.nn.Module.state_dict
         assert 1 <= nodes <= steps
-        looks = min(4 * nodes, steps) if spacing == "arc" else nodes
-        self.looks = {0, *(round(steps * i / looks) if spacing == "linear" else
-                           max(i, int(steps ** (i / looks))) for i in range(1, looks + 1))}
+        count = min(4 * nodes, steps) if spacing == "arc" else nodes
+        self.candidates = {0, *(round(steps * i / count) if spacing == "linear" else
+                                max(i, int(steps ** (i / count))) for i in range(1, count + 1))}
         self.kept: list[tuple[float, int, str]] = []  # position, step and file of a candidate
         self.dropped = ""  # a file that the last checkpoint may still want
         self.d_teacher = self._answers(teacher)
@@ -44,7 +44,7 @@ class Recorder:
         if self.dropped and disback.rank() == 0:
             (self.folder / self.dropped).unlink(missing_ok=True)
         self.dropped = ""
-        if step in self.looks:
+        if step in self.candidates:
             distances = [disback.distance(d, d_teacher, sigma) for d, d_teacher, (_, sigma, _)
                          in zip(self._answers(net), self.d_teacher, self.samples)]
             position = disback.mean_over_ranks(torch.stack(distances).mean()).item()
@@ -55,7 +55,7 @@ class Recorder:
 
     def close(self, **about: object) -> disback.Path:
         """Thin to N + 1 nodes, number them, write path.json with `about` as well, and open it."""
-        assert self.kept[-1][1] == max(self.looks), "every step must be offered"
+        assert self.kept[-1][1] == max(self.candidates), "every step must be offered"
         while len(self.kept) > self.nodes + 1:
             self._drop()
         positions, steps, names = zip(*self.kept)
@@ -87,13 +87,16 @@ def main(argv: list[str]) -> None:
     out, state, began = args.out / "path", args.out / "path" / "state.pt", time.perf_counter()
     if args.resume and (out / "path.json").exists():
         disback.Path(out, problem.about, problem.unpack)
-        sys.exit(print(f"{out} is recorded already: --overwrite records it again"))  # status 0
+        if disback.rank() == 0:
+            print(f"{out} is recorded already: --overwrite records it again")
+        return
     degraded = copy.deepcopy(problem.teacher)  # s'_theta, which forgets on the way to the student
     for net in (problem.teacher, problem.student):
         disback.ready(net, args, problem.blocks)
     trained = disback.ready(degraded, args, problem.blocks, trained=True)
     optimizer = torch.optim.AdamW(degraded.parameters(), betas=(config.beta1, config.beta2),
                                   weight_decay=config.weight_decay, fused=True)
+    nets, optimizers = {"degraded": degraded}, {"degraded": optimizer}
 
     def draw():
         z, cond = problem.sample_inputs(batch)
@@ -110,13 +113,12 @@ def main(argv: list[str]) -> None:
     recorder = Recorder(out, degraded, config.nodes, steps, samples, config.spacing, problem.pack,
                         args.resume)
     if args.resume:
-        then = disback.load_state(state, {"degraded": degraded}, {"degraded": optimizer}, settings)
+        then = disback.load_state(state, nets, optimizers, settings)
         done, seconds, recorder.kept = then["step"], then["seconds"], then["kept"]
-        del then  # it keeps the file mapped
-        disback.rewind(out / "log.jsonl", done)
+        del then  # else a second copy of it all stays
     progress = tqdm(range(done + 1, steps + 1), "degrade", steps, initial=done,
                     disable=disback.rank() > 0)
-    for step in disback.heeding(progress):
+    for step in disback.stoppable(progress):
         total = 0.0
         for x0, sigma, cond, eps in draw():
             loss = disback.score_matching_loss(  # Eq. 7
@@ -130,17 +132,16 @@ def main(argv: list[str]) -> None:
             disback.log(out / "log.jsonl", step, "degrading", loss=number)
             progress.set_postfix(loss=f"{number:.3g}")
         if (stop := disback.stop_asked()) or save:
-            disback.save_state(state, step, {"degraded": degraded}, {"degraded": optimizer},
-                               settings=settings, kept=recorder.kept,
+            disback.save_state(state, step, nets, optimizers, settings=settings, kept=recorder.kept,
                                seconds=seconds + time.perf_counter() - began)
         if stop:
             sys.exit(f"stopped by {stop} after step {step}: --resume goes on from there")
 
-    # In forwards of the network a step costs 4: the student's, and a forward and a backward of 3;
-    # a look costs 1.
+    # In forwards of the network a step costs 4, the student's and the degrading teacher's, whose
+    # backward counts 2; a candidate costs 1.
     recorder.close(**problem.about, spacing=config.spacing,
                    seconds=seconds + time.perf_counter() - began,
-                   network_evals=(1 + 4 * steps + len(recorder.looks)) * batch)
+                   network_evals=(1 + 4 * steps + len(recorder.candidates)) * batch)
     state.unlink(missing_ok=True)
 
 

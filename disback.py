@@ -24,13 +24,13 @@ import inspect
 import json
 import math
 import os
+import pathlib
 import re
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from pathlib import Path as File
 from resource import RUSAGE_SELF, getrusage
 from typing import Any, get_args
 
@@ -38,14 +38,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict as whole
+from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-ASKED: list[int] = []  # signals that ask to stop
-RANKS = r"(?i)\bgloo\b|\bnccl\b"  # what an error says that comes from between the ranks
+MEMORY = "out of mem|can't alloc"  # in the errors of memory that is short
+COLLECTIVE = r"(?i:\bgloo\b|\bnccl\b)"  # in those of operations of all ranks
 
 
 def score_matching_loss(net: Callable, x0: Tensor, sigma: Tensor, cond: Any = None,
@@ -84,7 +84,7 @@ def vsd_loss(x0: Tensor, sigma: Tensor, fake: Callable, target: Callable, cond: 
 
 
 def distance(d_a: Tensor, d_b: Tensor, sigma: Tensor) -> Tensor:
-    """Mean |D_a - D_b| / (sigma + 0.5), by which divisor every noise level counts. Of the fake and
+    """Mean |D_a - D_b| / (sigma + 0.5), so that no noise level drowns the others. Of the fake and
     the target, on the student's noised samples, this is the mismatch degree."""
     return ((d_a - d_b).abs() / (sigma + 0.5)).mean()
 
@@ -93,25 +93,25 @@ class Path:
     """A recorded path: node 0 is the teacher, the last node the most degraded. Refuses a path that
     was recorded with another value of a field in `about`, or whose files are not as recorded."""
 
-    def __init__(self, folder: str | File, about: dict | None = None, unpack: Any = None):
-        self.folder, self.unpack = File(folder), unpack or load_net
+    def __init__(self, folder: str | pathlib.Path, about: dict | None = None, unpack: Any = None):
+        self.folder, self.unpack = pathlib.Path(folder), unpack or load_net
         self.about = load_json(self.folder / "path.json", "record a path with degrade.py first")
         must_agree(folder, self.about, about or {})
         with blame(f"{folder}/path.json lists no nodes: record the path again"):
             hashes, farthest = list(self.about["sha256"]), float(self.about["positions"][-1])
-            self.spacing = farthest / (len(hashes) - 1)
+            self.mean_gap = farthest / (len(hashes) - 1)
         self.files = [self.folder / f"{node:02d}.safetensors" for node in range(len(hashes))]
         for file, expected in zip(self.files, hashes):
             if not file.is_file() or sha256(file) != expected:
                 raise Refusal(f"{file} is not the node that was recorded: record the path again")
 
     @classmethod
-    def create(cls, folder: File, nodes: Sequence[File], **about: Any) -> "Path":
+    def create(cls, folder: pathlib.Path, nodes: Sequence[pathlib.Path], **about: Any) -> "Path":
         """Number the files of the nodes, teacher first, write path.json, and open the path."""
         files = [folder / f"{node:02d}.safetensors" for node in range(len(nodes))]
         if rank() == 0:
             for node, file in zip(nodes, files):
-                if node.exists():  # not where this was cut off, and is done again
+                if node.exists():  # a run that was killed here has renamed it already
                     os.replace(node, file)
             save_json(folder / "path.json", about | {"sha256": [sha256(file) for file in files]})
         barrier()
@@ -129,8 +129,8 @@ class Walk:
     """The scheduler of Algorithm 2: the target visits nodes N-1, ..., 1, 0 and then stays at 0.
 
     `target` holds the teacher's weights; a switch copies a node's over them. No path: plain VSD. A
-    node lasts `interval` iterations; if `adaptive`, up to 10 intervals, until in one the mean
-    mismatch falls to 1/N of the last node's distance from the teacher: the fake has caught up."""
+    node lasts `interval` iterations; if `adaptive`, until an interval's mean mismatch is at most
+    1/N of the last node's distance from the teacher, as the fake has caught up, or 10 intervals."""
 
     def __init__(self, path: Path | None, target: nn.Module, interval: int, adaptive: bool = False):
         self.path, self.target, self.interval, self.adaptive = path, target, interval, adaptive
@@ -146,7 +146,7 @@ class Walk:
         if self.age % self.interval:
             return False
         mean, self.mismatch = self.mismatch / self.interval, 0.0
-        if self.adaptive and self.age < 10 * self.interval and mean > self.path.spacing:
+        if self.adaptive and self.age < 10 * self.interval and mean > self.path.mean_gap:
             return False
         self.node, self.age = self.node - 1, 0
         self.path.load(self.node, self.target)
@@ -165,10 +165,10 @@ def blame(what: str) -> Iterator[None]:
     """Refuse, in the words of `what`, to go on with what fails inside: a file, mostly."""
     try:
         yield
-    except (Refusal, MemoryError, torch.OutOfMemoryError):
+    except (Refusal, MemoryError):
         raise
     except Exception as error:  # a file that is broken can fail in any way
-        if isinstance(error, RuntimeError) and re.search(RANKS, str(error)):
+        if isinstance(error, RuntimeError) and re.search(f"{MEMORY}|{COLLECTIVE}", str(error)):
             raise
         raise Refusal(f"{what} ({type(error).__name__}: {str(error)[:300]})") from error
 
@@ -205,8 +205,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except (Refusal, OSError, MemoryError, RuntimeError) as error:
-        full = isinstance(error, MemoryError) or re.search("out of mem|can't alloc", str(error))
-        lost = re.search(RANKS, str(error)) and "(if another rank has ended, it says why)"
+        full = isinstance(error, MemoryError) or re.search(MEMORY, str(error))
+        lost = re.search(COLLECTIVE, str(error)) and "(if another rank has ended, it says why)"
         if isinstance(error, RuntimeError) and not (full or lost):
             raise
         who = f"error on rank {rank()}:" if dist.is_initialized() else "error:"
@@ -219,17 +219,33 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 def start(stage: str, doc: str, argv: list[str], **flags: dict) -> tuple[Any, Problem]:
     """Read the command line and make the problem that it names; `flags` are the stage's own."""
-    problems = sorted(file.parent.name for file in File(__file__).parent.glob("*/problem.py"))
+    args, module, changes = parse(stage, doc, argv, flags)
+    join_ranks()
+    with first_rank_first():
+        problem = module.make(args.preset, args.seed, device(), **changes)
+    count = world_size() * args.accumulate
+    if problem.config.batch % count:
+        raise Refusal(f"batch {problem.config.batch} must be divisible by {count}, the ranks times "
+                      "--accumulate: change one of the three")
+    torch.manual_seed(args.seed)  # again: a teacher that was trained and one that was found differ
+    return args, problem
+
+
+def parse(stage: str, doc: str, argv: list[str], flags: dict) -> tuple[Any, Any, dict]:
+    """The arguments, the module of the problem, and the fields of its config that they change."""
+    here = pathlib.Path(__file__).parent
+    problems = sorted(file.parent.name for file in here.glob("*/problem.py"))
     parser = argparse.ArgumentParser(f"{stage}.py", description=doc, allow_abbrev=False,
                                      epilog="PROBLEM --help lists the problem's flags as well.")
     parser.error = refuse
     parser.add_argument("problem", choices=problems, metavar="PROBLEM", help=" | ".join(problems))
-    parser.add_argument("--out", type=File, help="run folder (default: runs/PROBLEM)")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
-    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
-    parser.add_argument("--accumulate", type=int, default=1, metavar="N",
-                        help="backward passes that share a batch, to take less memory (default: 1)")
+    parser.add_argument("--out", type=pathlib.Path, help="run folder (default: runs/PROBLEM)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    folder.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="split each batch "
+                        "over N backward passes, which takes less memory (default: 1)")
     parser.add_argument("--shard", action="store_true",
                         help="spread weights and optimizers over torchrun's ranks (FSDP2)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
@@ -240,33 +256,23 @@ def start(stage: str, doc: str, argv: list[str], **flags: dict) -> tuple[Any, Pr
     if name:
         module = importlib.import_module(f"{name}.problem")
         add_fields(parser, stage, module.PRESETS)
-        parser.set_defaults(out=File("runs", name))
+        parser.set_defaults(out=pathlib.Path("runs", name))
         if hasattr(module, "dry_run"):
             parser.add_argument("--dry-run", action="store_true", help="only print what it needs")
     args = parser.parse_args(argv)
+    if args.problem != name:
+        refuse(f"name the problem first: {stage}.py {args.problem} ...")
     if not 0 <= args.seed < 2**63:
         refuse(f"--seed must be from 0 to 2**63 - 1, not {args.seed}")
-    changes = {key[7:]: value for key, value in vars(args).items() if key.startswith("config.")}
-    if getattr(args, "dry_run", False):
-        sys.exit(print(module.dry_run(args.preset, **changes)))  # None: status 0
-    if args.resume and args.overwrite:
-        refuse("--resume goes on with a run, --overwrite replaces it: name one of them")
     if args.accumulate < 1:
         refuse(f"--accumulate must be at least 1, not {args.accumulate}")
     if args.shard and "RANK" not in os.environ:
         refuse("--shard spreads over ranks: torchrun --nproc_per_node=N starts them")
-    join_ranks()
-    for turn in (0, 1):  # what the first rank trains or fetches, the others find
-        if turn == min(rank(), 1):
-            problem = module.make(args.preset, args.seed,
-                                  "cuda" if torch.cuda.is_available() else "cpu", **changes)
-        barrier()
-    count = ranks() * args.accumulate
-    if problem.config.batch % count:
-        raise Refusal(f"batch {problem.config.batch} must be divisible by {count}, the ranks times "
-                      "--accumulate: change one of the three")
-    torch.manual_seed(args.seed)  # again: making it may have trained a teacher, or found one
-    return args, problem
+    changes = {key[7:]: value for key, value in vars(args).items() if key.startswith("config.")}
+    if getattr(args, "dry_run", False):
+        print(module.dry_run(args.preset, **changes))
+        sys.exit()
+    return args, module, changes
 
 
 def refuse(message: str) -> None:
@@ -277,15 +283,15 @@ def add_fields(parser: argparse.ArgumentParser, stage: str, presets: dict[str, A
     """The presets, and a flag for each field of the config, explained by the comment beside it."""
     preset, config = next(iter(presets.items()))
     group = parser.add_argument_group("the problem's flags", f"in brackets: preset {preset}")
-    group.add_argument("--preset", default=preset, choices=presets, help="values of these flags")
+    group.add_argument("--preset", default=preset, choices=presets, help="sets the flags below")
     for field in dataclasses.fields(config):
-        if {"degrade_steps": "backtrack", "backtrack_steps": "degrade"}.get(field.name) == stage:
+        name = field.name.removeprefix(f"{stage}_")
+        if name in ("degrade_steps", "backtrack_steps"):  # the other stage's
             continue
         comment = re.search(rf"\n    {field.name}: .*?  # (.*)", inspect.getsource(type(config)))[1]
-        flag = re.sub("^(degrade|backtrack)_", "", field.name).replace("_", "-")
-        group.add_argument(f"--{flag}", dest=f"config.{field.name}",
-                           metavar="|".join(get_args(field.type)),
-                           type=field.type if field.type in (int, float) else str,
+        kind = field.type if field.type in (int, float) else str
+        group.add_argument("--" + name.replace("_", "-"), dest=f"config.{field.name}", type=kind,
+                           metavar="|".join(get_args(field.type)) or kind.__name__.upper(),
                            help=f"{comment} ({getattr(config, field.name)})",
                            default=argparse.SUPPRESS)
 
@@ -297,18 +303,20 @@ def check_config(config: Any) -> None:
         most = 1 if field.name in ("beta1", "beta2", "ema") else math.inf
         if choices and value not in choices:
             raise Refusal(f"{field.name} must be one of {', '.join(choices)}, not {value!r}")
-        zero = most == 1 or field.default == 0
+        zero = most == 1 or field.default == 0 or field.name in ("weight_decay", "t_min")
         if field.type in (int, float) and not (0 < value < most or zero and value == 0):
-            raise Refusal(f"{field.name} must be {'0 or ' * zero}above 0 and below {most}")
+            least = "at least" if zero else "above"
+            raise Refusal(f"{field.name} must be {least} 0 and below {most}, not {value}")
     if config.nodes > config.degrade_steps:
-        raise Refusal(f"nodes must be at most {config.degrade_steps}, as stage 1's steps are")
+        raise Refusal(f"nodes must be at most {config.degrade_steps}, the steps of stage 1")
 
 
-def must_agree(what: File, then: dict, now: dict) -> None:
+def must_agree(what: pathlib.Path, then: dict, now: dict) -> None:
     """Refuse to go on with what was made by other flags; the first that differs is named."""
     for name, value in now.items():
         if then.get(name) != value:
-            raise Refusal(f"{what} is of {name} {then.get(name)}, not {value}: use the same flags")
+            raise Refusal(f"{what} was made with {name} {then.get(name)}, not {value}: use the "
+                          "same flags")
 
 
 def claim(args: Any, problem: Problem, stage: str, settings: dict) -> None:
@@ -329,14 +337,14 @@ def claim(args: Any, problem: Problem, stage: str, settings: dict) -> None:
     for old in taken:
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     stages[stage] = {"problem": args.problem, "preset": args.preset, "seed": args.seed,
-                     **dataclasses.asdict(problem.config), **settings, "ranks": ranks(),
+                     **dataclasses.asdict(problem.config), **settings, "ranks": world_size(),
                      "accumulate": args.accumulate, "shard": args.shard, "compile": args.compile,
                      "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
     save_json(file, stages)
     barrier()
 
 
-def log(file: File, step: int, node: Any, **numbers: float) -> None:
+def log(file: pathlib.Path, step: int, node: Any, **numbers: float) -> None:
     """Add a line to log.jsonl, and warn where `alarm` does; refuse to go on where a number is not
     finite."""
     for name, number in numbers.items():
@@ -351,14 +359,14 @@ def log(file: File, step: int, node: Any, **numbers: float) -> None:
         tqdm.write(f"warning: {warning} (iteration {step})", file=sys.stderr)
 
 
-def alarm(file: File) -> str:
-    """What the last line of a log is the first to show of a run that is about to be lost: samples
-    whose spread has shrunk to a tenth, or a mismatch ten times that of the start. Else empty."""
+def alarm(file: pathlib.Path) -> str:
+    """The warning that a log's last line is the first to deserve: the samples' spread has shrunk to
+    a tenth, or the mismatch is ten times its largest in the log's first half. Else empty."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
 
     def lost(upto: int) -> str:
         mismatch, spread = ([row[name] for row in rows[:upto]] for name in ("mismatch", "spread"))
-        if upto > 3 and mismatch[-1] > 10 * max(mismatch[:3]):
+        if upto > 3 and mismatch[-1] > 10 * max(mismatch[:max(3, upto // 2)]):
             return f"the mismatch degree has grown to {mismatch[-1]:.3g}: lower learning rates"
         collapsed = upto > 0 and spread[-1] < max(spread) / 10
         return f"the samples' spread has shrunk to {spread[-1]:.3g}" if collapsed else ""
@@ -373,7 +381,7 @@ def update(optimizer: torch.optim.Optimizer, lr: float, clip: float = math.inf) 
     if clip < math.inf:
         nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
     optimizer.step()
-    optimizer.zero_grad()  # at once: the gradients of one network only are in memory at a time
+    optimizer.zero_grad()  # at once: without DDP's buckets one network's gradients are in memory
 
 
 # ------------------------------------------------------------------------------------ the ranks
@@ -383,7 +391,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def ranks() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -392,12 +400,19 @@ def barrier() -> None:
         dist.barrier()
 
 
+def device() -> torch.device:
+    """This rank's GPU, by its number, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 def join_ranks() -> None:
     """Join torchrun's ranks, each with a GPU of its own where there are any."""
     here, gpu = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
     if gpu:
         if here >= torch.cuda.device_count():
-            refuse(f"there are {torch.cuda.device_count()} GPUs: start no more ranks on a machine")
+            raise Refusal(f"there are {torch.cuda.device_count()} GPUs: start no more ranks")
         torch.cuda.set_device(here)
         torch.set_float32_matmul_precision("high")  # TF32
     if "RANK" in os.environ and not dist.is_initialized():
@@ -405,11 +420,21 @@ def join_ranks() -> None:
                                 timeout=timedelta(hours=1))  # the first rank may train a teacher
 
 
+@contextlib.contextmanager
+def first_rank_first() -> Iterator[None]:
+    """The other ranks wait: what the first one trains or fetches, they find in the cache."""
+    if rank() > 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
 def share(n: int, parts: int, *drawn: Any) -> list[list]:
     """This rank's `parts` equal shares of what was drawn for a batch of n: of tensors [n, ...] and
     dicts of them; anything else is for all. Every rank draws the whole batch, from the same random
     numbers: what is learnt does not depend on how many share it."""
-    size = n // (ranks() * parts)
+    size = n // (world_size() * parts)
     starts = range(rank() * parts * size, (rank() + 1) * parts * size, size)
     return [[cut(value, n, slice(i, i + size)) for value in drawn] for i in starts]
 
@@ -424,47 +449,45 @@ def mean_over_ranks(numbers: Tensor) -> Tensor:
     if not dist.is_initialized():
         return numbers
     dist.all_reduce(numbers)
-    return numbers / ranks()
+    return numbers / world_size()
 
 
-class Together(nn.Module):
+class SplitOverRanks(nn.Module):
     """A network, or another function of samples, that every rank calls alike: each answers for its
-    share of the n samples where n can be divided, and all get all n answers."""
+    share of the n samples where n can be divided, and all get all n answers. A module, as some ask
+    a network for its parameters."""
 
     def __init__(self, function: Callable[..., Tensor]):
         super().__init__()
         self.function = function
 
     def forward(self, x: Tensor, *rest: Any) -> Tensor:
-        if ranks() == 1 or len(x) % ranks():
+        if world_size() == 1 or len(x) % world_size():
             return self.function(x, *rest)
         (mine,) = share(len(x), 1, x, *rest)
         answer = self.function(*mine).contiguous()
         answers = answer.new_empty(len(x), *answer.shape[1:])
-        dist.all_gather_into_tensor(answers, answer)
+        dist.all_gather_single(answers, answer)
         return answers
 
 
-def shard(net: nn.Module, blocks: tuple[type, ...]) -> None:
-    """Spread the weights over the ranks (FSDP2), in place; they keep their names."""
-    net.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
-    for layer in net.modules():
-        if isinstance(layer, blocks):
-            fully_shard(layer)
-    # Without this the last answer's whole weights would stay, and the next ones be given by them.
-    fully_shard(net, reshard_after_forward=True)
-
-
-def ready(net: nn.Module, args: Any, blocks: tuple[type, ...], trained: bool = False) -> nn.Module:
-    """Compile and shard `net` in place, as asked. Returns what to call for gradients, if it is to
-    be trained: on several ranks DDP, which averages them, or `net` that is in shards."""
+def ready(net: nn.Module, args: Any, blocks: tuple[type, ...], trained: bool = False,
+          compiled: bool = True) -> nn.Module:
+    """Shard (FSDP2) and compile `net` in place, as asked; its weights keep their names. Returns
+    what to call for gradients if it is `trained`: on several ranks DDP, which averages them, or
+    `net` in shards, which does so itself."""
+    units = [m for m in net.modules() if isinstance(m, blocks)] if args.shard else [net]
     if args.shard:
-        shard(net, blocks)
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # layers of one kind share it
-        for unit in [m for m in net.modules() if isinstance(m, blocks)] if args.shard else [net]:
+        net.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
+        for block in units:
+            fully_shard(block)
+        # By default the root stays whole after an answer, and would answer so after a switch.
+        fully_shard(net, reshard_after_forward=True)
+    if args.compile and compiled:
+        torch._dynamo.config.recompile_limit = 256  # layers of one kind share it
+        for unit in units:
             unit.compile(dynamic=False)  # each network has one size of batch, its own
-    if ranks() == 1 or args.shard or not trained:
+    if world_size() == 1 or args.shard or not trained:
         return net
     return DistributedDataParallel(net, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
@@ -474,39 +497,37 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
-def spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """The whole `tensor` on the device of `like`, and in shards where that is."""
+def sharded_like(tensor: Tensor, like: Tensor | None) -> Tensor:
+    """The whole `tensor`, in shards and on the device of `like` where that is in shards."""
+    if not isinstance(like, DTensor):
+        return tensor
     tensor = tensor.to(like.device)
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None
-                             ) if isinstance(like, DTensor) else tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def load_weights(net: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy whole tensors over all weights of `net`, in place, each rank its shards; strictly."""
-    if not isinstance(net, FSDPModule):
-        net.load_state_dict(state, strict=True)
-        return
-    # torch's own function takes missing weights for frozen ones, and changes what it is given.
-    shapes = {name: weight.shape for name, weight in net.state_dict().items()}
-    if shapes != {name: weight.shape for name, weight in state.items()}:
-        raise ValueError("names or shapes of the weights differ")
-    options = whole.StateDictOptions(full_state_dict=True)
-    whole.set_model_state_dict(net, dict(state), options=options)
+    own = net.state_dict()
+    net.load_state_dict({name: sharded_like(tensor, own.get(name))
+                         for name, tensor in state.items()}, strict=True)
 
 
 # ------------------------------------------------------------------------------- checkpoints
 
 
-def heeding(steps: Iterable[int]) -> Iterator[int]:
-    """The steps; meanwhile SIGINT and SIGTERM let one end, and a checkpoint be written. A second
-    SIGINT does not; a second SIGTERM does, as torchrun repeats it."""
+SIGNALS: list[int] = []  # that came, and ask to stop
+
+
+def stoppable(steps: Iterable[int]) -> Iterator[int]:
+    """The steps; SIGINT or SIGTERM lets the current one end and be saved. A second SIGINT kills at
+    once; a second SIGTERM is ignored, as torchrun repeats it."""
 
     def heed(number: int, _: Any) -> None:
-        ASKED.append(number)
+        SIGNALS.append(number)
         signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
         os.write(2, b"\nstopping after this step\n")
 
-    ASKED.clear()
+    SIGNALS.clear()
     before = {number: signal.signal(number, heed) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield from steps
@@ -517,7 +538,7 @@ def heeding(steps: Iterable[int]) -> Iterator[int]:
 
 def stop_asked() -> str:
     """The signal that asks this rank or another to stop; empty where none does."""
-    number = ASKED[0] if ASKED else 0
+    number = SIGNALS[0] if SIGNALS else 0
     if dist.is_initialized():
         found = torch.tensor(number)  # on the CPU: the accelerator is not waited for
         dist.all_reduce(found, dist.ReduceOp.MAX)
@@ -525,32 +546,33 @@ def stop_asked() -> str:
     return signal.Signals(number).name if number else ""
 
 
-def save_state(file: File, step: int, nets: dict[str, nn.Module],
+def save_state(file: pathlib.Path, step: int, nets: dict[str, nn.Module],
                optimizers: dict[str, torch.optim.Optimizer], **rest: Any) -> None:
     """Write all that a resumed run needs: networks, the optimizers of those that are trained, by
     the same names, and the random state. What is not finite never replaces what was good."""
     sharded = any(isinstance(net, FSDPModule) for net in nets.values())
-    options = whole.StateDictOptions(full_state_dict=True, cpu_offload=sharded)
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=sharded)
     state = rest | {"step": step, "random": [torch.get_rng_state()]}
     if torch.cuda.is_available():
         state["random"].append(torch.cuda.get_rng_state())
     for name, net in nets.items():
-        state[name] = whole.get_model_state_dict(net, options=options)
+        state[name] = dcp.get_model_state_dict(net, options=options)
         if not all(weight.isfinite().all() for weight in state[name].values()):
             raise Refusal(f"a weight of the {name} is not finite at step {step}: try lower "
                           f"learning rates; {file} is kept as it was")
     for name, optimizer in optimizers.items():
-        state["adam_" + name] = whole.get_optimizer_state_dict(nets[name], optimizer,
+        state["adam_" + name] = dcp.get_optimizer_state_dict(nets[name], optimizer,
                                                                options=options)
     atomically(file, lambda beside: torch.save(state, beside))
     barrier()  # no rank goes on, or ends, while the first is still writing
 
 
-def load_state(file: File, nets: dict[str, nn.Module],
+def load_state(file: pathlib.Path, nets: dict[str, nn.Module],
                optimizers: dict[str, torch.optim.Optimizer], settings: dict) -> dict:
-    """Go back to what save_state wrote; returns it all. Any number of ranks can read it."""
+    """Go back to what save_state wrote, cut later lines and a torn one from the log beside it, and
+    remove what a kill left half written. Returns it all. Any number of ranks can read it."""
     if rank() == 0:
-        for torn in file.parent.glob(f".{file.name}.*"):
+        for torn in file.parent.rglob(".*.*.[0-9]*"):
             torn.unlink()
     with blame(f"{file} is missing or not a checkpoint of this run: start again with --overwrite"):
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -558,21 +580,18 @@ def load_state(file: File, nets: dict[str, nn.Module],
         for name, net in nets.items():
             load_weights(net, state[name])
         for name, optimizer in optimizers.items():
-            whole.set_optimizer_state_dict(
+            dcp.set_optimizer_state_dict(
                 nets[name], optimizer, state["adam_" + name],
-                options=whole.StateDictOptions(full_state_dict=True))
+                options=dcp.StateDictOptions(full_state_dict=True))
         torch.set_rng_state(state["random"][0].clone())
         if torch.cuda.is_available():
             torch.cuda.set_rng_state(state["random"][-1].clone())
+    log = file.with_name("log.jsonl")
+    lines = log.read_text().splitlines(True) if log.exists() else []
+    kept = [line for line in lines
+            if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
+    atomically(log, lambda beside: beside.write_text("".join(kept)))
     return state
-
-
-def rewind(file: File, step: int) -> None:
-    """Cut a log's lines of later steps, and a torn one."""
-    lines = [line for line in file.read_text().splitlines(True) if line.endswith("\n")]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    atomically(file, lambda beside: beside.write_text("".join(kept)))
-    barrier()
 
 
 # ---------------------------------------------------------------------------------------- files
@@ -584,7 +603,7 @@ def peak_memory() -> int:
     return torch.cuda.max_memory_allocated() or resident
 
 
-def atomically(file: File, write: Callable[[File], Any]) -> None:
+def atomically(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
     """Write beside `file`, then rename: whatever happens, `file` is whole, the old or the new. Only
     the first rank writes."""
     if rank() > 0:
@@ -601,30 +620,30 @@ def atomically(file: File, write: Callable[[File], Any]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def save_tensors(file: File, tensors: dict[str, Tensor]) -> None:
+def save_tensors(file: pathlib.Path, tensors: dict[str, Tensor]) -> None:
     found = {}
     for name, tensor in tensors.items():
-        tensor = gathered(tensor)  # by all ranks, and one network at a time is whole in none
+        tensor = gathered(tensor)  # by all ranks; only the first keeps what is whole
         if rank() == 0:
             found[name] = tensor.contiguous()
     atomically(file, lambda f: save_file(found, f))
 
 
-def load_net(file: File, net: nn.Module, remedy: str = "make it again") -> None:
+def load_net(file: pathlib.Path, net: nn.Module, remedy: str = "make it again") -> None:
     """Copy the weights in `file` over those of `net`, in place: all and only those, or Refusal."""
     with blame(f"{file} does not hold this network: {remedy}"):
         load_weights(net, load_file(file))
 
 
-def save_json(file: File, value: Any) -> None:
+def save_json(file: pathlib.Path, value: Any) -> None:
     atomically(file, lambda f: f.write_text(json.dumps(value, indent=1) + "\n"))
 
 
-def load_json(file: File, remedy: str) -> dict:
+def load_json(file: pathlib.Path, remedy: str) -> dict:
     with blame(f"{file} cannot be read: {remedy}"):
         return dict(json.loads(file.read_text()))
 
 
-def sha256(file: File) -> str:
+def sha256(file: pathlib.Path) -> str:
     with open(file, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -16,7 +16,7 @@ from toy2d import bench
 def random_teacher(config: problem.Config) -> tuple[edm.Denoiser, str]:
     """The preset's network, made where it is to be. A GPU multiplies zeros faster, so that weights
     which start at zero are made random too."""
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with disback.device():
         net = edm.Denoiser(**problem.NETWORKS[config.images])
     for weight in net.parameters():
         if not weight.any():

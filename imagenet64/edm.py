@@ -199,9 +199,10 @@ def score_weight(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
-def lognormal_sigma(n: int, mean: float = -1.2, std: float = 1.2) -> Tensor:
+def lognormal_sigma(n: int, mean: float = -1.2, std: float = 1.2,
+                    device: torch.device | str = "cpu") -> Tensor:
     """n noise levels [n, 1, 1, 1], ln(sigma) ~ N(mean, std^2), as EDM was trained with."""
-    return (mean + std * torch.randn(n, 1, 1, 1)).exp()
+    return (mean + std * torch.randn(n, 1, 1, 1, device=device)).exp()
 
 
 def karras_grid(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0,

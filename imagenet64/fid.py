@@ -106,13 +106,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     disback.join_ranks()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = disback.device()
     if args.source.endswith(".npz"):
         base, config = Path(args.source).with_suffix(".fid"), problem.PRESETS[args.preset or "tiny"]
         batches, size, blocks, about = of_npz(args)
     else:
         base = sample.default_name(args, "fid")
-        made, config, about = sample.source(args)
+        with disback.first_rank_first():
+            made, config, about = sample.source(args)
         size, blocks = args.images or 50_000, args.blocks or 3
 
         def batches(block: int, done: int) -> Iterable[Tensor]:
@@ -120,11 +121,12 @@ def main(argv: list[str]) -> None:
 
     if config.images == "digits" and (args.inception or args.reference):
         disback.refuse("--inception and --reference are for ImageNet, not for the digits")
-    extractor, reference = (features.of_digits(device) if config.images == "digits"
-                            else features.of_inception(*files(args), device))
+    with disback.first_rank_first():
+        extractor, reference = (features.of_digits(device) if config.images == "digits"
+                                else features.of_inception(*files(args), device))
     name = f"{base.name}-{size}x{blocks}"
     under_way = base.with_name(name + ".partial.safetensors")
-    result = measure(batches, disback.Together(extractor), reference, size, blocks, under_way,
+    result = measure(batches, disback.SplitOverRanks(extractor), reference, size, blocks, under_way,
                      about | extractor.about)
     disback.save_json(base.with_name(name + ".json"), result)
     if disback.rank() == 0:

@@ -96,8 +96,8 @@ def make(preset: str = "tiny", seed: int = 0, device: torch.device | str = "cpu"
                         for net in (teacher, student))
 
     def sample_inputs(n: int) -> tuple[Tensor, Tensor]:
-        return latents(n, config).to(device), labels(
-            torch.randint(network["label_dim"], (n,)), config).to(device)
+        classes = torch.randint(network["label_dim"], (n,), device=device)
+        return latents(n, config, device=device), labels(classes, config)
 
     with torch.random.fork_rng(devices=[]):  # four images of each of ten classes, for the figures
         torch.default_generator.manual_seed(2)
@@ -112,9 +112,9 @@ def make(preset: str = "tiny", seed: int = 0, device: torch.device | str = "cpu"
         config=config, about=about, teacher=teacher, student=student,
         generate=lambda student, z, cond: generate(student, z, cond, config.start_sigma),
         sample_inputs=sample_inputs,
-        sample_sigma=lambda n: sample_sigma(config.sigma_fake, n).to(device),
+        sample_sigma=lambda n: sample_sigma(config.sigma_fake, n, device=device),
         # DMD2 spares the student the ends of its grid of 1,000 levels, which teach it little.
-        sample_sigma_vsd=lambda n: sample_sigma(config.sigma_vsd, n, 0.02, 0.98).to(device),
+        sample_sigma_vsd=lambda n: sample_sigma(config.sigma_vsd, n, 0.02, 0.98, device),
         score_weight=edm.score_weight,
         disk=sum(w.nbytes for w in teacher.state_dict().values()) * (7 + 2 * config.nodes),
         evaluate=evaluate or (lambda student: {}), snapshot=lambda: (kept_z, kept_cond),
@@ -128,11 +128,13 @@ def generate(student: edm.Denoiser, z: Tensor, cond: Tensor, sigma: float) -> Te
     return student(sigma * z, z.new_full((), sigma), cond)
 
 
-def latents(n: int, config: Config, generator: torch.Generator | None = None) -> Tensor:
+def latents(n: int, config: Config, generator: torch.Generator | None = None,
+            device: torch.device | str = "cpu") -> Tensor:
     """z ~ N(0, 1) [n, c, h, w]."""
     network = NETWORKS[config.images]
     size = network["img_resolution"]
-    return torch.randn(n, network["img_channels"], size, size, generator=generator)
+    return torch.randn(n, network["img_channels"], size, size, generator=generator,
+                       device=device)
 
 
 def labels(classes: Tensor, config: Config) -> Tensor:
@@ -140,13 +142,14 @@ def labels(classes: Tensor, config: Config) -> Tensor:
     return one_hot(classes, NETWORKS[config.images]["label_dim"]).float()
 
 
-def sample_sigma(kind: str, n: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+def sample_sigma(kind: str, n: int, low: float = 0.0, high: float = 1.0,
+                 device: torch.device | str = "cpu") -> Tensor:
     """n noise levels [n, 1, 1, 1]: EDM's lognormal, or a Karras grid's made continuous, uniform in
     sigma**(1 / 7) from its `low` to its `high` part of [0.002, 80]."""
     if kind == "lognormal":
-        return edm.lognormal_sigma(n)
+        return edm.lognormal_sigma(n, device=device)
     least, most = 0.002 ** (1 / 7), 80.0 ** (1 / 7)
-    part = low + (high - low) * torch.rand(n, 1, 1, 1)
+    part = low + (high - low) * torch.rand(n, 1, 1, 1, device=device)
     return (least + part * (most - least)) ** 7
 
 

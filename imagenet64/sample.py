@@ -39,7 +39,8 @@ def main(argv: list[str]) -> None:
     if args.images < 1 or not 0 <= args.seed < 2**63 - args.images:
         disback.refuse("--images must be at least 1, --seed at least 0, and both below 2**63")
     disback.join_ranks()
-    sample, _, _ = source(args, args.classes)
+    with disback.first_rank_first():
+        sample, _, _ = source(args, args.classes)
     batches = sample(range(args.seed, args.seed + args.images))
     made = list(tqdm(batches, total=-(-args.images // args.batch), unit="batch"))
     images, classes = (torch.cat(part) for part in zip(*made))
@@ -84,7 +85,7 @@ def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
     if args.source == "teacher" and args.node is not None:
         disback.refuse("--node is for a run's path; the teacher needs none")
     steps = 1 if one_step else args.steps or 18
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = disback.device()
     if args.source == "teacher":
         config = problem.PRESETS[args.preset or "tiny"]
         net, sha256 = problem.load_teacher(config)
@@ -93,7 +94,8 @@ def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
         net = edm.Denoiser(**problem.NETWORKS[config.images])
         file = Path(args.source) / "student.safetensors"
         if one_step and not file.is_file():
-            disback.refuse(f"{file} is not there yet: finish the run by backtrack.py --resume")
+            raise disback.Refusal(f"{file} is not there yet: finish the run by backtrack.py "
+                                  "--resume")
         if not one_step:
             path = disback.Path(Path(args.source) / "path")
             if not 0 <= args.node < len(path):
@@ -104,7 +106,7 @@ def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
     count = problem.NETWORKS[config.images]["label_dim"]
     for wrong in (c for c in classes or () if not 0 <= c < count):
         disback.refuse(f"--classes must be from 0 to {count - 1}, not {wrong}")
-    net = disback.Together(net.to(device, memory_format=torch.channels_last))
+    net = disback.SplitOverRanks(net.to(device, memory_format=torch.channels_last))
 
     @torch.no_grad()
     def images(seeds: range) -> Iterable[tuple[Tensor, Tensor]]:

@@ -25,14 +25,15 @@ def unet_config(folder: Path) -> dict:
 
 def load(folder: Path) -> tuple[UNet2DConditionModel, Tensor]:
     """A random UNet, made where it is to be, and SDXL's sigmas [1000]."""
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with disback.device():
         unet = UNet2DConditionModel.from_config(unet_config(folder))
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     abar = (1 - betas).cumprod(0)
     return unet.eval(), ((1 - abar) / abar).sqrt()
 
 
-def embed(folder: Path, prompts: list[str], cache: Path, device: str) -> dict[str, Tensor]:
+def embed(folder: Path, prompts: list[str], cache: Path,
+          device: torch.device) -> dict[str, Tensor]:
     """Numbers of the shapes of text.embed."""
     c = unet_config(folder)
     pooled = c["projection_class_embeddings_input_dim"] - 6 * c["addition_time_embed_dim"]

@@ -38,14 +38,16 @@ def main(argv: list[str]) -> None:
     with disback.blame(f"--out takes a folder, which {args.out} is not"):
         args.out.mkdir(parents=True, exist_ok=True)
     disback.join_ranks()
-    pipe, about = load(args.student, args.base)
+    with disback.first_rank_first():
+        pipe, about = load(args.student, args.base)
     if disback.rank() == 0:
         text.note_long(args.prompts, pipe.tokenizer)
     seeds = list(dict.fromkeys(args.seeds))  # a seed that is given twice makes one picture
     jobs = [(prompt, seed) for prompt in args.prompts for seed in seeds]
-    made = disback.Together(lambda part: pixels(pictures(pipe, about, [jobs[i] for i in part])))
-    images = [Image.fromarray(image.numpy())
-              for part in torch.arange(len(jobs)).split(args.batch) for image in made(part)]
+    numbered = disback.SplitOverRanks(
+        lambda numbers: pixels(pictures(pipe, about, [jobs[i] for i in numbers])))
+    images = [Image.fromarray(image.numpy()) for numbers in
+              torch.arange(len(jobs)).split(args.batch) for image in numbered(numbers)]
     for i, (image, (_, seed)) in enumerate(zip(images, jobs)):
         save_png(args.out / f"{i // len(seeds):02d}-{seed}.png", image)
     save_png(args.out / "grid.png", grid(images, len(seeds)))
@@ -65,7 +67,7 @@ def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeli
     about.setdefault("size", unet.config.sample_size * model.vae_scale(folder))
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    return (pipe.to("cuda", torch.float16) if torch.cuda.is_available() else pipe), about
+    return (pipe.to(disback.device(), torch.float16) if torch.cuda.is_available() else pipe), about
 
 
 def find(student: str) -> tuple[Path, dict]:

@@ -196,10 +196,10 @@ def merged(config: dict, base: Path, adapters: Path, rank: int) -> UNet2DConditi
 
 
 def difference(net: nn.Module, teacher: nn.Module) -> dict[str, Tensor]:
-    """What is stored of a node: its weights less the teacher's, in bfloat16, on the CPU. They keep
-    in 16 bits what the weights themselves, rounded to as many, would lose."""
+    """What is stored of a node: its weights less the teacher's, in bfloat16. They keep in 16 bits
+    what the weights themselves, rounded to as many, would lose."""
     base = teacher.state_dict()
-    return {MINUS_TEACHER + name: disback.gathered(weight - base[name]).to("cpu", torch.bfloat16)
+    return {MINUS_TEACHER + name: (weight - base[name]).bfloat16()
             for name, weight in net.state_dict().items()}
 
 
@@ -214,6 +214,7 @@ def add_difference(file: Path, net: nn.Module) -> None:
     with disback.blame(f"{file} does not hold this network: record the path again"):
         added = load_file(file)
         for name, weight in net.state_dict().items():
-            weight += disback.spread(added.pop(MINUS_TEACHER + name).to(weight.dtype), weight)
+            change = added.pop(MINUS_TEACHER + name).to(weight.device, weight.dtype)
+            weight += disback.sharded_like(change, weight)
         if added:
             raise KeyError(*added)

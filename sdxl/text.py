@@ -44,7 +44,7 @@ def embed(folder: Path, prompts: list[str], cache: Path,
     if not file.exists():
         disback.save_tensors(file, encode(folder, prompts, device))
     with disback.blame(f"{file} is broken: remove it"):
-        return load_file(file, device=str(device))
+        return {name: tensor.to(device) for name, tensor in load_file(file).items()}
 
 
 @torch.no_grad()

@@ -166,10 +166,8 @@ def test_it_is_the_disk_of_the_run_folder_that_needs_room(monkeypatch, tmp_path,
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")])
 def test_too_little_memory_is_never_blamed_on_a_file(capsys, monkeypatch, error):
     def main(argv):
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            with disback.blame("state.pt is broken: remove it"):
-                raise error
-        raise error
+        with disback.blame("state.pt is broken: remove it"):
+            raise error
 
     line = refused(capsys, monkeypatch, main, [])
     assert "lower --batch" in line and "state.pt" not in line
@@ -179,6 +177,21 @@ def test_rates_of_decay_may_be_zero():
     from toy2d.problem import Config
 
     Config(ema=0.0, beta1=0.0, beta2=0.0, weight_decay=0.0)
+    with pytest.raises(disback.Refusal, match="lr_fake must be above 0 and below inf, not 0.0"):
+        Config(lr_fake=0.0)
+
+
+def test_what_starts_above_zero_in_sdxl_may_be_zero_too():
+    from sdxl.problem import Config
+
+    Config(weight_decay=0.0, t_min=0)
+
+
+def test_a_flags_value_is_not_taken_for_the_problem(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, monkeypatch, degrade.main, ["--out", "toy2d", "imagenet64"])
+    assert "name the problem first: degrade.py imagenet64" in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch):

@@ -109,7 +109,7 @@ def test_arc_spacing_divides_the_distance_where_the_network_moves_fast_then_slow
     (1, 1), (1, 9), (7, 7), (10, 100), (50, 60), (3, 1000), (10, 58)])
 def test_nodes_lie_at_distinct_steps_that_rise_and_end_at_the_last(tmp_path, spacing, nodes, steps):
     recorder = degrade.Recorder(tmp_path, Shift(), nodes, steps, SAMPLES, spacing)
-    found = sorted(recorder.looks)
+    found = sorted(recorder.candidates)
     assert len(found) == nodes + 1 and found[0] == 0 and found[-1] == steps
     factors = torch.tensor(found[1:], dtype=torch.float64).log().diff().exp()
     if spacing == "linear":

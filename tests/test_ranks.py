@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,7 +204,7 @@ def test_what_cannot_be_shared_is_refused(recorded, tmp_path, flags, reason):
 
 
 def test_more_ranks_than_the_batch_divides_into_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(disback, "ranks", lambda: 3)
+    monkeypatch.setattr(disback, "world_size", lambda: 3)
     with pytest.raises(disback.Refusal, match="batch 64 must be divisible by 6"):
         backtrack.main(["toy2d", "--out", str(tmp_path), *BACKTRACK, "--target", "teacher",
                         "--accumulate", "2"])
@@ -219,7 +220,7 @@ def function(x, factor, cond):
     return factor * x + cond["shift"]
 for n in (6, 5):
     x, cond = torch.arange(float(n))[:, None], {"shift": torch.arange(float(n))[:, None]}
-    answer = disback.Together(function)(x, torch.tensor(3.0), cond)
+    answer = disback.SplitOverRanks(function)(x, torch.tensor(3.0), cond)
     assert torch.equal(answer, 4 * torch.arange(float(n))[:, None])
 assert seen == [3, 5]  # five cannot be shared by two
 """)
@@ -227,7 +228,7 @@ assert seen == [3, 5]  # five cannot be shared by two
 
 
 def test_shares_are_disjoint_and_make_up_the_batch(monkeypatch):
-    monkeypatch.setattr(disback, "ranks", lambda: 3)
+    monkeypatch.setattr(disback, "world_size", lambda: 3)
     x, cond, scalar = torch.arange(12.0)[:, None], {"text": torch.arange(12)}, torch.ones(())
     found = []
     for rank in range(3):
@@ -290,6 +291,46 @@ assert asked == [1, 1]  # of two pictures one, and the last
         assert np.abs(one - two).max() <= 1, file
 
 
+def test_what_the_first_rank_trains_or_fetches_the_others_find(tmp_path):
+    said, codes = two_ranks(first=f"""
+import pathlib, time
+from imagenet64 import fid, sample
+from sdxl import generate
+class Found(Exception): pass
+def source(*_):
+    if disback.rank() == 0:
+        time.sleep(0.5)
+        file.touch()
+    assert file.exists()
+    raise Found
+def found(main, *argv):
+    global file
+    file = pathlib.Path({str(tmp_path)!r}, main.__module__)
+    try:
+        main(list(argv))
+    except Found:
+        if disback.rank() == 0:  # who failed would end here, the others wait
+            disback.barrier()
+disback.join_ranks()
+with disback.first_rank_first():
+    if disback.rank() == 0:
+        time.sleep(0.5)
+        pathlib.Path({str(tmp_path / "made")!r}).touch()
+    assert pathlib.Path({str(tmp_path / "made")!r}).exists()
+sample.source = fid.sample.source = fid.features.of_digits = generate.load = source
+found(sample.main, "teacher")
+found(fid.main, "teacher")
+fid.of_npz = lambda args: (None, 1, 1, {{}})
+fid.main.__module__ += ".npz"
+found(fid.main, "images.npz")
+found(generate.main, "a dog", "--out", {str(tmp_path)!r})
+""")
+    assert codes == [0, 0], said
+
+
+SHARD = SimpleNamespace(shard=True, compile=False)
+
+
 @pytest.fixture
 def one_rank():
     """A process group of this process alone, in which FSDP2 works."""
@@ -300,12 +341,12 @@ def one_rank():
 
 def test_weights_are_loaded_into_shards_strictly(one_rank):
     net, weights = torch.nn.Linear(3, 2), {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
-    disback.shard(net, ())
+    disback.ready(net, SHARD, ())
     disback.load_weights(net, weights)
     assert torch.equal(disback.gathered(net.state_dict()["weight"]), weights["weight"])
     for wrong in ({"weight": torch.zeros(2, 3)}, weights | {"more": torch.ones(2)},
                   weights | {"bias": torch.zeros(3)}):
-        with pytest.raises(ValueError, match="names or shapes"):
+        with pytest.raises(RuntimeError, match="loading state_dict|size mismatch"):
             disback.load_weights(net, wrong)
     assert torch.equal(disback.gathered(net.state_dict()["weight"]), weights["weight"])
 
@@ -313,7 +354,7 @@ def test_weights_are_loaded_into_shards_strictly(one_rank):
 def test_an_answer_in_shards_is_of_the_weights_as_they_are_now(one_rank):
     """FSDP2 would keep the whole weights of the last answer of a network that does not learn."""
     net, x = torch.nn.Linear(3, 2), torch.ones(1, 3)
-    disback.shard(net, ())
+    disback.ready(net, SHARD, ())
     parameters = list(net.parameters())
     with torch.no_grad():
         net(x)
@@ -329,7 +370,7 @@ def test_edms_network_can_be_put_in_shards(one_rank):
     x, sigma, label = torch.randn(2, 1, 8, 8), torch.ones(2, 1, 1, 1), torch.eye(10)[:2]
     with torch.no_grad():
         expected = net(x, sigma, label)
-        disback.shard(net, (edm.Block,))
+        disback.ready(net, SHARD, (edm.Block,))
         torch.testing.assert_close(net(x, sigma, label), expected)
 
 

@@ -75,9 +75,8 @@ def test_stage_1_resumes_to_the_same_bits_wherever_it_was_cut_off(
 
 def test_a_finished_stage_1_is_left_as_it_is_by_resume(whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    with pytest.raises(SystemExit) as ended:
-        degrade.main([*STAGE1, "--out", str(tmp_path), "--resume"])
-    assert ended.value.code is None and "recorded already" in capsys.readouterr().out
+    degrade.main([*STAGE1, "--out", str(tmp_path), "--resume"])
+    assert "recorded already" in capsys.readouterr().out
     with pytest.raises(disback.Refusal, match="distance 8.0, not 12.0"):
         degrade.main([*STAGE1, "--out", str(tmp_path), "--resume", "--distance", "12"])
     assert same_path(whole, tmp_path)
@@ -85,7 +84,7 @@ def test_a_finished_stage_1_is_left_as_it_is_by_resume(whole, tmp_path, capsys):
 
 @pytest.mark.parametrize("stage", [degrade, backtrack])
 def test_a_run_cannot_be_both_resumed_and_replaced(whole, stage):
-    with pytest.raises(disback.Refusal, match="name one of them"):
+    with pytest.raises(disback.Refusal, match="not allowed with argument"):
         stage.main(["toy2d", "--out", str(whole), "--resume", "--overwrite"])
     assert (whole / "path" / "path.json").exists()
 
@@ -106,6 +105,33 @@ def test_stage_1_refuses_the_checkpoint_of_other_flags_and_a_broken_one(tmp_path
         assert state.read_bytes() == broken
     with pytest.raises(disback.Refusal, match="state.pt"):
         degrade.main([*STAGE1, "--out", str(tmp_path / "nothing"), "--resume"])
+
+
+def test_a_run_that_was_stopped_before_its_first_line_of_the_log_goes_on(
+        recorded, tmp_path, no_figures, monkeypatch):
+    argv = ["toy2d", *BACKTRACK, "--path", str(recorded / "path"), "--out"]
+    asked = iter(["", "", "SIGTERM"])
+    with monkeypatch.context() as patch:
+        patch.setattr(disback, "stop_asked", lambda: next(asked))
+        with pytest.raises(SystemExit, match="stopped by SIGTERM after step 3"):
+            backtrack.main([*argv, str(tmp_path / "cut")])
+    assert not (tmp_path / "cut" / "log.jsonl").exists()
+    backtrack.main([*argv, str(tmp_path / "cut"), "--resume"])
+    backtrack.main([*argv, str(tmp_path / "whole")])
+    cut, whole = (load_file(tmp_path / out / "student.safetensors") for out in ("cut", "whole"))
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+
+
+def test_what_a_kill_left_half_written_goes_when_the_run_goes_on(recorded, tmp_path, no_figures):
+    shutil.copytree(recorded / "path", tmp_path / "path")
+    argv = ["toy2d", *BACKTRACK, "--out", str(tmp_path)]
+    backtrack.main(argv)
+    torn = [tmp_path / ".state.pt.123", tmp_path / "snapshots" / ".0000008.safetensors.45"]
+    for file in torn:
+        file.write_bytes(b"half")
+    kept = sorted(tmp_path.rglob("*"))
+    backtrack.main([*argv, "--resume"])
+    assert sorted(tmp_path.rglob("*")) == [file for file in kept if file not in torn]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -146,6 +172,8 @@ def rows(mismatch, spread):
     ([0.2, 0.5, 0.3, 0.1, 0.05], [1, 2, 2, 2, 2], ""),
     ([0.2, 0.5, 0.3, 0.1, 5.1], [1, 2, 2, 2, 2], "mismatch degree has grown to 5.1"),
     ([0.2, 0.5, 0.3, 5.1, 6.0], [1, 2, 2, 2, 2], ""),  # it was said a line before
+    # Plain VSD: the fake starts as the target is, and slowly learns how far the samples are.
+    ([0.001 * i for i in range(1, 32)], [2] * 31, ""),
     ([0.2, 9.0], [1, 2], ""),  # the start
     ([0.2, 0.5, 0.3, 0.1, 0.1], [0.1, 2, 2, 2, 0.19], "spread has shrunk to 0.19"),
     ([0.2, 0.5, 0.3, 0.1, 0.1], [0, 0, 0, 0, 0], "")])  # one sample has none

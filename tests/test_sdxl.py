@@ -165,6 +165,13 @@ def test_the_target_is_guided_by_8_and_the_fake_is_not(tiny):
     assert tiny.guide_evals == 2
 
 
+def test_embeddings_are_put_on_any_device(base, tmp_path):
+    """Also on one that a file cannot be read to."""
+    text.embed(base, ["a dog"], tmp_path)
+    bank = text.embed(base, ["a dog"], tmp_path, torch.device("meta"))
+    assert all(tensor.device.type == "meta" for tensor in bank.values())
+
+
 def test_embeddings_are_those_of_diffusers_pipeline(base, tmp_path):
     prompts = ["A photo of a dog.", "", "the " * 90, "naïve café"]
     pipe = StableDiffusionXLPipeline.from_pretrained(base)

@@ -1,6 +1,8 @@
 """Both stages end to end on a shrunken toy: what they write, count, repeat and resume."""
 
+import contextlib
 import dataclasses
+import importlib
 import json
 import math
 import shutil
@@ -9,6 +11,7 @@ import pytest
 import torch
 from conftest import BACKTRACK
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import backtrack
 import degrade
@@ -353,6 +356,31 @@ def test_only_the_target_is_guided_and_its_forwards_are_counted(
         assert torch.equal(weight, load_file(recorded / "path" / "00.safetensors")[name])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["network_evals"]["stage2"] == 9 * 64 * 20
+
+
+class NotOnTheCPU(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        assert not isinstance(made, torch.Tensor) or made.device.type == "meta", function
+        return made
+
+
+@pytest.mark.parametrize("name", ["toy2d", "imagenet64", "sdxl"])
+def test_the_loops_make_all_tensors_where_the_networks_are(name, monkeypatch):
+    """A host waits while it copies from the CPU."""
+    # On the meta device autocast is refused, also where it is not enabled.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    bench = importlib.import_module(f"{name}.bench")
+    with contextlib.ExitStack() as random:
+        for patch in bench.RANDOM:
+            random.enter_context(patch)
+        made = importlib.import_module(f"{name}.problem").make(device=torch.device("meta"))
+    with NotOnTheCPU():
+        z, cond = made.sample_inputs(4)
+        x0 = made.generate(made.student, z, cond)
+        for sigma in (made.sample_sigma(4), made.sample_sigma_vsd(4)):
+            made.guide(made.teacher, x0 + sigma * torch.randn_like(z), sigma, cond)
+            made.score_weight(sigma)
 
 
 def test_the_students_update_and_score_matching_have_their_own_noise_levels(

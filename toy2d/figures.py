@@ -1,5 +1,6 @@
 """The figures of a run, drawn from its folder alone; README.md beside this file explains them."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -27,7 +28,6 @@ def draw(out: Path, path: disback.Path | None, compare: Path | None, net: nn.Mod
 
     `net` is a denoiser that the nodes are loaded into; sample(net, n) draws n points from it.
     """
-    net = net.cpu()  # the figures' points lie there
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
     snapshots = read_snapshots(out)
@@ -37,7 +37,7 @@ def draw(out: Path, path: disback.Path | None, compare: Path | None, net: nn.Mod
         for node in range(len(path) if path else 1):
             if path:
                 path.load(node, net)
-            nodes.append(sample(net, 1000))
+            nodes.append(sample(functools.partial(answers, net), 1000))
         points = data.sample(1000)
         evaluate = Evaluation(data)
         floors = [evaluate.of(data.sample(evaluate.samples))["swd"] for _ in range(20)]
@@ -90,7 +90,13 @@ def score_of_node(path: disback.Path | None, node: int, net: nn.Module, x: Tenso
     """The score at x [n, 2] of a node, which is loaded into net."""
     if path:
         path.load(node, net)
-    return (net(x, torch.full((len(x), 1), sigma)) - x) / sigma**2
+    return (answers(net, x, torch.full((len(x), 1), sigma)) - x) / sigma**2
+
+
+def answers(net: nn.Module, x: Tensor, sigma: Tensor) -> Tensor:
+    """D(x, sigma) by `net`, wherever that is, of points on the CPU, where all figures' are."""
+    device = next(net.parameters()).device
+    return net(x.to(device), sigma.to(device)).cpu()
 
 
 def relative_error(answer: Tensor, exact: Tensor) -> float:

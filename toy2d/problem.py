@@ -111,10 +111,10 @@ def make(preset: str = "ring", seed: int = 0, device: torch.device | str = "cpu"
             layer.bf16 = config.precision == "bf16"
 
     def sample_inputs(n: int) -> tuple[Tensor, None]:
-        return torch.randn(n, 2).to(device), None
+        return torch.randn(n, 2, device=device), None
 
     def sample_sigma(n: int) -> Tensor:
-        return karras_sigma(n, config).to(device)
+        return karras_sigma(n, config, device)
 
     about = {"problem": "toy2d", "preset": preset, "seed": seed}
     about |= {name: getattr(config, name) for name in OF_PATH} | {"teacher_sha256": teacher_sha256}
@@ -130,10 +130,11 @@ def make(preset: str = "ring", seed: int = 0, device: torch.device | str = "cpu"
             out, path, compare, teacher, lambda net, n: sample(net, n, config), data))
 
 
-def karras_sigma(n: int, config: Config, rho: float = 7.0) -> Tensor:
+def karras_sigma(n: int, config: Config, device: torch.device | str = "cpu",
+                 rho: float = 7.0) -> Tensor:
     """n noise levels [n, 1], uniform in sigma**(1 / rho) (Karras et al. 2022, Eq. 5)."""
     low, high = config.sigma_min ** (1 / rho), config.sigma_max ** (1 / rho)
-    return (high + torch.rand(n, 1) * (low - high)) ** rho
+    return (high + torch.rand(n, 1, device=device) * (low - high)) ** rho
 
 
 def score_weight(sigma: Tensor, sigma_data: float) -> Tensor:

@@ -261,10 +261,11 @@ def spy(data: str, measure: bool) -> Iterator[list[tuple[int, float, float]]]:
     found, nets, step = [], [], 0
     ready, walk_on = disback.ready, disback.Walk.step
 
-    def remember(net: torch.nn.Module, *args: object, trained: bool = False) -> torch.nn.Module:
+    def remember(net: torch.nn.Module, *args: object, trained: bool = False,
+                 **rest: object) -> torch.nn.Module:
         if trained:  # in stage 2 the student, then the fake
             nets.append(net)
-        return ready(net, *args, trained=trained)
+        return ready(net, *args, trained=trained, **rest)
 
     def look(walk: disback.Walk, mismatch: torch.Tensor) -> bool:
         nonlocal step
