@@ -86,9 +86,10 @@ def main(argv: list[str]) -> None:
     config, batch, steps = problem.config, problem.config.batch, problem.config.degrade_steps
     out, state, began = args.out / "path", args.out / "path" / "state.pt", time.perf_counter()
     if args.resume and (out / "path.json").exists():
-        disback.Path(out, problem.about, problem.unpack)
+        path = disback.Path(out, problem.about, problem.unpack)
         if disback.rank() == 0:
-            print(f"{out} is recorded already: --overwrite records it again")
+            state.unlink(missing_ok=True)
+            print(f"{out} is recorded already, {len(path) - 1} nodes: --overwrite records it again")
         return
     degraded = copy.deepcopy(problem.teacher)  # s'_theta, which forgets on the way to the student
     for net in (problem.teacher, problem.student):

@@ -44,6 +44,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+BESIDE = ".unfinished"  # ends the name of a file that is being written
 MEMORY = "out of mem|can't alloc"  # in the errors of memory that is short
 COLLECTIVE = r"(?i:\bgloo\b|\bnccl\b)"  # in those of operations of all ranks
 
@@ -221,12 +222,13 @@ def start(stage: str, doc: str, argv: list[str], **flags: dict) -> tuple[Any, Pr
     """Read the command line and make the problem that it names; `flags` are the stage's own."""
     args, module, changes = parse(stage, doc, argv, flags)
     join_ranks()
+    batch = dataclasses.replace(module.PRESETS[args.preset], **changes).batch
+    count = world_size() * args.accumulate
+    if batch % count:
+        raise Refusal(f"batch {batch} must be divisible by {count}, the ranks times --accumulate: "
+                      "change one of the three")
     with first_rank_first():
         problem = module.make(args.preset, args.seed, device(), **changes)
-    count = world_size() * args.accumulate
-    if problem.config.batch % count:
-        raise Refusal(f"batch {problem.config.batch} must be divisible by {count}, the ranks times "
-                      "--accumulate: change one of the three")
     torch.manual_seed(args.seed)  # again: a teacher that was trained and one that was found differ
     return args, problem
 
@@ -506,8 +508,13 @@ def sharded_like(tensor: Tensor, like: Tensor | None) -> Tensor:
 
 
 def load_weights(net: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy whole tensors over all weights of `net`, in place, each rank its shards; strictly."""
+    """Copy whole tensors over all weights of `net`, in place, each rank its shards. Where names or
+    shapes differ nothing is copied: ValueError."""
     own = net.state_dict()
+    shapes = [{name: weight.shape for name, weight in weights.items()} for weights in (own, state)]
+    if shapes[0] != shapes[1]:
+        differing = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
+        raise ValueError(f"names or shapes differ: {', '.join(differing)}")
     net.load_state_dict({name: sharded_like(tensor, own.get(name))
                          for name, tensor in state.items()}, strict=True)
 
@@ -571,10 +578,8 @@ def load_state(file: pathlib.Path, nets: dict[str, nn.Module],
                optimizers: dict[str, torch.optim.Optimizer], settings: dict) -> dict:
     """Go back to what save_state wrote, cut later lines and a torn one from the log beside it, and
     remove what a kill left half written. Returns it all. Any number of ranks can read it."""
-    if rank() == 0:
-        for torn in file.parent.rglob(".*.*.[0-9]*"):
-            torn.unlink()
-    with blame(f"{file} is missing or not a checkpoint of this run: start again with --overwrite"):
+    with blame(f"{file} is missing or not a checkpoint of this run: start without --resume, or "
+               "with --overwrite"):
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         must_agree(file, state["settings"], settings)
         for name, net in nets.items():
@@ -584,13 +589,17 @@ def load_state(file: pathlib.Path, nets: dict[str, nn.Module],
                 nets[name], optimizer, state["adam_" + name],
                 options=dcp.StateDictOptions(full_state_dict=True))
         torch.set_rng_state(state["random"][0].clone())
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["random"][-1].clone())
+        if torch.cuda.is_available() and len(state["random"]) > 1:  # none of a CPU's run
+            torch.cuda.set_rng_state(state["random"][1].clone())
     log = file.with_name("log.jsonl")
-    lines = log.read_text().splitlines(True) if log.exists() else []
-    kept = [line for line in lines
-            if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
+    with blame(f"{log} is broken: remove the lines that are no JSON"):
+        lines = log.read_text().splitlines(True) if log.exists() else []
+        kept = [line for line in lines
+                if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
     atomically(log, lambda beside: beside.write_text("".join(kept)))
+    if rank() == 0:
+        for torn in [*file.parent.glob(f".*{BESIDE}"), *file.parent.glob(f"snapshots/.*{BESIDE}")]:
+            torn.unlink()
     return state
 
 
@@ -608,7 +617,7 @@ def atomically(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None
     the first rank writes."""
     if rank() > 0:
         return
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    beside = file.with_name(f".{file.name}.{os.getpid()}{BESIDE}")
     try:
         with blame(f"cannot write {file}; what it held is kept"):
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,8 @@ def measure(batches_of_block: Callable[[int, int], Iterable[Tensor]], extract: C
     about = about | {"images": images, "blocks": blocks}
     statistics, distances = restore(resume_file, len(reference[0]), about)
     done = len(distances) * images + statistics.n
-    with tqdm(total=blocks * images, initial=done, desc="features", unit="image") as bar:
+    with tqdm(total=blocks * images, initial=done, desc="features", unit="image",
+              disable=disback.rank() > 0) as bar:
         for block in range(len(distances), blocks):
             saved = statistics.n
             for batch in batches_of_block(block, statistics.n):

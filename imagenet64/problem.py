@@ -96,8 +96,8 @@ def make(preset: str = "tiny", seed: int = 0, device: torch.device | str = "cpu"
                         for net in (teacher, student))
 
     def sample_inputs(n: int) -> tuple[Tensor, Tensor]:
-        classes = torch.randint(network["label_dim"], (n,), device=device)
-        return latents(n, config, device=device), labels(classes, config)
+        z = latents(n, config, device=device)
+        return z, labels(torch.randint(network["label_dim"], (n,), device=device), config)
 
     with torch.random.fork_rng(devices=[]):  # four images of each of ten classes, for the figures
         torch.default_generator.manual_seed(2)

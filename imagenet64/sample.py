@@ -42,7 +42,8 @@ def main(argv: list[str]) -> None:
     with disback.first_rank_first():
         sample, _, _ = source(args, args.classes)
     batches = sample(range(args.seed, args.seed + args.images))
-    made = list(tqdm(batches, total=-(-args.images // args.batch), unit="batch"))
+    made = list(tqdm(batches, total=-(-args.images // args.batch), unit="batch",
+                     disable=disback.rank() > 0))
     images, classes = (torch.cat(part) for part in zip(*made))
     if file.suffix == ".png":
         write_png(file, images)

@@ -46,8 +46,11 @@ def main(argv: list[str]) -> None:
     jobs = [(prompt, seed) for prompt in args.prompts for seed in seeds]
     numbered = disback.SplitOverRanks(
         lambda numbers: pixels(pictures(pipe, about, [jobs[i] for i in numbers])))
-    images = [Image.fromarray(image.numpy()) for numbers in
-              torch.arange(len(jobs)).split(args.batch) for image in numbered(numbers)]
+    ranks = disback.world_size()  # which share batches; the last picture fills up the last one
+    batch, count = (-(-n // ranks) * ranks for n in (args.batch, len(jobs)))
+    parts = torch.arange(count).clamp(max=len(jobs) - 1).split(batch)
+    images = [Image.fromarray(image.numpy()) for part in parts for image in numbered(part)]
+    del images[len(jobs):]
     for i, (image, (_, seed)) in enumerate(zip(images, jobs)):
         save_png(args.out / f"{i // len(seeds):02d}-{seed}.png", image)
     save_png(args.out / "grid.png", grid(images, len(seeds)))

@@ -1,6 +1,7 @@
 """A run that is stopped anywhere, politely or not, goes on to the same bits."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -126,12 +127,57 @@ def test_what_a_kill_left_half_written_goes_when_the_run_goes_on(recorded, tmp_p
     shutil.copytree(recorded / "path", tmp_path / "path")
     argv = ["toy2d", *BACKTRACK, "--out", str(tmp_path)]
     backtrack.main(argv)
-    torn = [tmp_path / ".state.pt.123", tmp_path / "snapshots" / ".0000008.safetensors.45"]
-    for file in torn:
+    torn = [tmp_path / ".state.pt.123.unfinished",
+            tmp_path / "snapshots" / ".0000008.safetensors.45.unfinished"]
+    (tmp_path / "other").mkdir()
+    for file in (*torn, tmp_path / ".notes.bak.2024", tmp_path / "other" / ".x.pt.1.unfinished"):
         file.write_bytes(b"half")
     kept = sorted(tmp_path.rglob("*"))
+    with pytest.raises(disback.Refusal):
+        backtrack.main([*argv, "--resume", "--lr-fake", "0.5"])
+    assert sorted(tmp_path.rglob("*")) == kept
     backtrack.main([*argv, "--resume"])
     assert sorted(tmp_path.rglob("*")) == [file for file in kept if file not in torn]
+
+
+def test_a_broken_log_is_named(recorded, tmp_path, no_figures):
+    shutil.copytree(recorded / "path", tmp_path / "path")
+    argv = ["toy2d", *BACKTRACK, "--out", str(tmp_path)]
+    backtrack.main(argv)
+    for line in (b"garbage\n", b"\0\0\xff\n"):
+        (tmp_path / "log.jsonl").write_bytes(line)
+        with pytest.raises(disback.Refusal, match="log.jsonl is broken: remove the lines"):
+            backtrack.main([*argv, "--resume"])
+
+
+def checkpointed():
+    net = torch.nn.Linear(2, 2)
+    return {"net": net}, {"net": torch.optim.AdamW(net.parameters(), fused=True)}
+
+
+def test_what_is_not_finite_never_replaces_a_checkpoint(tmp_path):
+    nets, optimizers = checkpointed()
+    disback.save_state(tmp_path / "state.pt", 1, nets, optimizers, settings={})
+    kept = (tmp_path / "state.pt").read_bytes()
+    with torch.no_grad():
+        nets["net"].bias[0] = math.nan
+    with pytest.raises(disback.Refusal, match="weight of the net is not finite at step 2"):
+        disback.save_state(tmp_path / "state.pt", 2, nets, optimizers, settings={})
+    assert (tmp_path / "state.pt").read_bytes() == kept
+
+
+def test_a_checkpoint_of_a_cpu_leaves_a_gpus_random_numbers_alone(tmp_path, monkeypatch):
+    nets, optimizers = checkpointed()
+    disback.save_state(tmp_path / "state.pt", 1, nets, optimizers, settings={})
+    gpu, found = torch.tensor([1, 2], dtype=torch.uint8), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", found.append)
+    disback.load_state(tmp_path / "state.pt", nets, optimizers, {})
+    assert not found
+    disback.save_state(tmp_path / "state.pt", 2, nets, optimizers, settings={})
+    disback.load_state(tmp_path / "state.pt", nets, optimizers, {})
+    assert torch.equal(*found, gpu)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -172,6 +218,8 @@ def rows(mismatch, spread):
     ([0.2, 0.5, 0.3, 0.1, 0.05], [1, 2, 2, 2, 2], ""),
     ([0.2, 0.5, 0.3, 0.1, 5.1], [1, 2, 2, 2, 2], "mismatch degree has grown to 5.1"),
     ([0.2, 0.5, 0.3, 5.1, 6.0], [1, 2, 2, 2, 2], ""),  # it was said a line before
+    ([0.1, 0.1, 0.5, 2.0], [1, 1, 1, 1], ""),
+    ([0.1] * 6 + [0.3, 0.9, 2.7], [1] * 9, "mismatch degree has grown to 2.7"),
     # Plain VSD: the fake starts as the target is, and slowly learns how far the samples are.
     ([0.001 * i for i in range(1, 32)], [2] * 31, ""),
     ([0.2, 9.0], [1, 2], ""),  # the start
