@@ -269,7 +269,7 @@ def test_two_ranks_share_the_pictures_of_one_and_the_first_writes_them(tmp_path,
 
     base = model.find("", tmp_path)
     argv = ["a dog", "a cat", "q " * 80, "--student", str(base / model.WEIGHTS[0]), "--base",
-            str(base), "--batch", "2", "--out"]
+            str(base), "--batch", "3", "--out"]
     generate.main([*argv, str(tmp_path / "one")])
     alone = capfd.readouterr().err
     said, codes = two_ranks(first=f"""
@@ -280,7 +280,7 @@ def counted(pipe, about, jobs):
     return pictures(pipe, about, jobs)
 generate.pictures = counted
 generate.main({[*argv, str(tmp_path / "two")]!r})
-assert asked == [1, 1]  # of two pictures one, and of the last, twice
+assert asked == [2]  # of three pictures, and the last once more
 """)
     assert codes == [0, 0], said
     assert said.count("over 77 tokens") == alone.count("over 77 tokens") == 1
