@@ -336,6 +336,8 @@ def claim(args: Any, problem: Problem, stage: str, settings: dict) -> None:
                       "replace it by --overwrite")
     file = args.out / "config.json"
     stages = load_json(file, "remove it") if stage == "backtrack" and file.exists() else {}
+    if taken:  # it is a run's folder
+        sweep(args.out)
     for old in taken:
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     stages[stage] = {"problem": args.problem, "preset": args.preset, "seed": args.seed,
@@ -598,8 +600,7 @@ def load_state(file: pathlib.Path, nets: dict[str, nn.Module],
                 if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
     atomically(log, lambda beside: beside.write_text("".join(kept)))
     if rank() == 0:
-        for torn in [*file.parent.glob(f".*{BESIDE}"), *file.parent.glob(f"snapshots/.*{BESIDE}")]:
-            torn.unlink()
+        sweep(file.parent)
     return state
 
 
@@ -627,6 +628,13 @@ def atomically(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None
             os.replace(beside, file)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def sweep(out: pathlib.Path) -> None:
+    """Remove what a killed run left half written in its folder."""
+    for folder in (out, out / "snapshots"):
+        for torn in (*folder.glob(f".*{BESIDE}"), *folder.glob(".tmp??????")):  # safetensors' own
+            torn.unlink()
 
 
 def save_tensors(file: pathlib.Path, tensors: dict[str, Tensor]) -> None:

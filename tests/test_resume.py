@@ -128,7 +128,8 @@ def test_what_a_kill_left_half_written_goes_when_the_run_goes_on(recorded, tmp_p
     argv = ["toy2d", *BACKTRACK, "--out", str(tmp_path)]
     backtrack.main(argv)
     torn = [tmp_path / ".state.pt.123.unfinished",
-            tmp_path / "snapshots" / ".0000008.safetensors.45.unfinished"]
+            tmp_path / "snapshots" / ".0000008.safetensors.45.unfinished",
+            tmp_path / ".tmpA1b2C3", tmp_path / "snapshots" / ".tmpZ9y8X7"]  # safetensors' own
     (tmp_path / "other").mkdir()
     for file in (*torn, tmp_path / ".notes.bak.2024", tmp_path / "other" / ".x.pt.1.unfinished"):
         file.write_bytes(b"half")
@@ -136,8 +137,11 @@ def test_what_a_kill_left_half_written_goes_when_the_run_goes_on(recorded, tmp_p
     with pytest.raises(disback.Refusal):
         backtrack.main([*argv, "--resume", "--lr-fake", "0.5"])
     assert sorted(tmp_path.rglob("*")) == kept
-    backtrack.main([*argv, "--resume"])
-    assert sorted(tmp_path.rglob("*")) == [file for file in kept if file not in torn]
+    for flag in ("--resume", "--overwrite"):
+        for file in torn:
+            file.write_bytes(b"half")
+        backtrack.main([*argv, flag])
+        assert sorted(tmp_path.rglob("*")) == [file for file in kept if file not in torn]
 
 
 def test_a_broken_log_is_named(recorded, tmp_path, no_figures):
