@@ -501,7 +501,7 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded_like(tensor: Tensor, like: Tensor | None) -> Tensor:
+def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
     """The whole `tensor`, in shards and on the device of `like` where that is in shards."""
     if not isinstance(like, DTensor):
         return tensor
@@ -513,11 +513,12 @@ def load_weights(net: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy whole tensors over all weights of `net`, in place, each rank its shards. Where names or
     shapes differ nothing is copied: ValueError."""
     own = net.state_dict()
-    shapes = [{name: weight.shape for name, weight in weights.items()} for weights in (own, state)]
-    if shapes[0] != shapes[1]:
-        differing = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
+    here, there = ({(name, weight.shape) for name, weight in weights.items()}
+                   for weights in (own, state))
+    if here != there:
+        differing = sorted({name for name, _ in here ^ there})
         raise ValueError(f"names or shapes differ: {', '.join(differing)}")
-    net.load_state_dict({name: sharded_like(tensor, own.get(name))
+    net.load_state_dict({name: sharded_like(tensor, own[name])
                          for name, tensor in state.items()}, strict=True)
 
 
