@@ -470,9 +470,9 @@ class SplitOverRanks(nn.Module):
             return self.function(x, *rest)
         (mine,) = share(len(x), 1, x, *rest)
         answer = self.function(*mine).contiguous()
-        answers = answer.new_empty(len(x), *answer.shape[1:])
-        dist.all_gather_single(answers, answer)
-        return answers
+        answers = [torch.empty_like(answer) for _ in range(world_size())]
+        dist.all_gather(answers, answer)
+        return torch.cat(answers)
 
 
 def ready(net: nn.Module, args: Any, blocks: tuple[type, ...], trained: bool = False,
@@ -480,20 +480,22 @@ def ready(net: nn.Module, args: Any, blocks: tuple[type, ...], trained: bool = F
     """Shard (FSDP2) and compile `net` in place, as asked; its weights keep their names. Returns
     what to call for gradients if it is `trained`: on several ranks DDP, which averages them, or
     `net` in shards, which does so itself."""
-    units = [m for m in net.modules() if isinstance(m, blocks)] if args.shard else [net]
+    units = [m for m in net.modules() if isinstance(m, blocks)]
     if args.shard:
         net.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
         for block in units:
             fully_shard(block)
         # By default the root stays whole after an answer, and would answer so after a switch.
         fully_shard(net, reshard_after_forward=True)
+    elif not units:
+        units = [net]
     if args.compile and compiled:
-        torch._dynamo.config.recompile_limit = 256  # layers of one kind share it
+        torch._dynamo.config.recompile_limit = 256  # all layers share it, and all of a kind a graph
         for unit in units:
             unit.compile(dynamic=False)  # each network has one size of batch, its own
     if world_size() == 1 or args.shard or not trained:
         return net
-    return DistributedDataParallel(net, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(net, gradient_as_bucket_view=True)
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -205,7 +206,8 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
 
 def test_a_stage_1_whose_weights_overflow_records_no_path(capsys, monkeypatch, tmp_path):
     argv = ["toy2d", "--out", tmp_path, *DEGRADE, "--lr-degrade", "1e30", "--log-every", "99"]
-    assert "position is inf at step 1," in refused(capsys, monkeypatch, degrade.main, argv)
+    said = refused(capsys, monkeypatch, degrade.main, argv)
+    assert re.search("position is (inf|nan) at step 1,", said)  # which, the processor decides
     assert not (tmp_path / "path" / "path.json").exists()
 
 
