@@ -54,6 +54,7 @@ def table(capsys, name, *argv):
     """The two lines that a benchmark prints first, and the numbers below by the rows' names."""
     bench.main(name, RANDOM[name], 1, argv)
     first, second, *rows = capsys.readouterr().out.replace(",", "").splitlines()
+    rows = [row for row in rows if "is the least" not in row]  # of further updates of the fake
     return first, second, {row[:40].strip(): [row[i:i + 12].strip() for i in range(
         40, len(row), 12)] for row in rows}
 
@@ -107,14 +108,16 @@ def test_the_flops_of_the_digits_network_are_those_of_its_layers_and_its_attenti
 
 def test_the_table_has_every_row_for_every_batch_size(capsys):
     argv = ["--no-compile", *SMALL, "--batch", "8", "16"]
-    first, second, rows = table(capsys, "toy2d", *argv, "--fake-updates", "2")
+    first, second, rows = table(capsys, "toy2d", *argv, "--fake-updates", "2", "3")
     assert "toy2d" in first and "CPU" in first and "not compiled" in first
     assert second.startswith("12 F an iteration 12 is the least")
-    assert rows.pop("batch") == ["8", "16"] and rows.pop("/ the peak") == ["-", "-"]
+    assert rows.pop("batch") == ["8", "8", "16", "16"] and rows.pop("/ the peak") == 4 * ["-"]
+    assert rows.pop("F an iteration") == ["12", "16", "12", "16"]
     assert rows.pop("the rest ms")  # a difference, of either sign where times scatter
     for name in PARTS:
         assert f"{name} ms".replace(",", "") in rows
-    assert len(rows) == len(PARTS) + 2 + 5
+    assert len(rows) == len(PARTS) + 2 + 6
+    assert rows.pop("the first iterations take longer by s")  # likewise
     assert all(float(number) > 0 for numbers in rows.values() for number in numbers)
 
 
@@ -136,12 +139,13 @@ def test_the_stage_leaves_no_network_in_memory(random):
 
 
 def test_the_rates_follow_from_the_times(random, monkeypatch):
-    monkeypatch.setattr(bench, "stage", lambda *args: [3.0, 2.0, 2.5])  # seconds of 10 iterations
+    monkeypatch.setattr(bench, "stage", lambda *args: [9.0, 3.0, 2.0, 2.5])  # s of 10
     monkeypatch.setattr(bench, "alone", lambda made, shares, *_: PARTS if shares == 2 else {})
     monkeypatch.setattr(bench, "device", lambda: "NVIDIA H200")
     argv = ["imagenet64", "--batch", "50", "--accumulate", "2", "--precision", "bf16"]
     row = bench.column(argv, evals=16, flops=99e9, every=10)
     assert row["an iteration, ms"] == "200.000" and row["images a second"] == "250"
+    assert row["the first iterations take longer by, s"] == "7.0"
     assert row["all forwards and backwards, ms"] == "160.000" and row["the rest, ms"] == "25.000"
     assert row["  / all forwards and backwards"] == "1.25"
     assert row["  / (F x the fake's forward)"] == "0.62"  # 200 / (16 x 20)
@@ -154,7 +158,7 @@ def test_the_full_presets_need_no_file_and_write_none(capsys, small_full, monkey
                                                       tmp_path, name, argv):
     monkeypatch.chdir(tmp_path)
     _, second, rows = table(capsys, name, *FULL, *argv, "--fake-updates", "1")
-    assert second.startswith(f"{8 + (name == 'sdxl')} F an iteration") and len(rows) == 16
+    assert second.startswith(f"{8 + (name == 'sdxl')} F an iteration") and len(rows) == 18
     assert list(tmp_path.iterdir()) == []
 
 
@@ -201,3 +205,15 @@ def test_the_stage_is_compiled_where_it_is_asked_for_and_never_while_it_is_count
     monkeypatch.setattr(bench, "column", lambda argv, *_: seen.append(argv) or {})
     bench.main("toy2d", [], 1, ["--compile"])
     assert seen == [["toy2d", "--no-compile"], ["toy2d", "--compile"]]
+
+
+def test_the_profile_names_the_longest_operators_of_one_iteration(capsys):
+    bench.main("imagenet64", RANDOM["imagenet64"], 1, ["--no-compile", "--batch", "2", "--profile"])
+    total, *rows = capsys.readouterr().out.splitlines()
+    assert "of which" in total and len(rows) == 15
+    spent = [float(row.split("ms")[0].split("%")[1]) for row in rows]
+    assert spent == sorted(spent, reverse=True) and spent[-1] > 0
+    calls = {row.split()[-1]: int(row.split()[3]) for row in rows}
+    net, _ = imagenet64_bench.random_teacher(imagenet64.Config())
+    convolutions = sum(weight.dim() == 4 for weight in net.parameters())
+    assert calls["aten::convolution_backward"] == 2 * convolutions  # the student's, the fake's

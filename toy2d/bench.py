@@ -14,6 +14,7 @@ import functools
 import gc
 import importlib
 import math
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -34,6 +35,8 @@ from toy2d import model, problem
 PEAK = {"NVIDIA H100 80GB HBM3": 990, "NVIDIA H200": 990, "NVIDIA A100-SXM4-40GB": 312,
         "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100-PCIE-40GB": 312, "NVIDIA A100 80GB PCIe": 312}
 ROUNDS = 3  # that are timed, after one that is not; the fastest counts
+SOON = ("batch", "F an iteration", "an iteration, ms", "TFLOP/s",
+        "peak memory, GB", "the first iterations take longer by, s")
 RANDOM = [mock.patch.object(problem, "trained_teacher", lambda config, data: (
     model.Denoiser(config.width, config.depth, config.sigma_data), "random"))]
 
@@ -55,23 +58,24 @@ def make(argv: Sequence[str]) -> tuple[Any, disback.Problem]:
 
 def stage(argv: Sequence[str], every: int, rounds: int, mark: Callable[[], float],
           prepare: Callable = lambda made: None) -> list[float]:
-    """Run backtrack.py's loop, and return by how much mark() grew in each of `rounds` times `every`
-    iterations, after as many that do not count. It is called in place of the evaluation, which is
-    once a line of the log. prepare(problem) comes before anything else."""
+    """Run backtrack.py's loop, and return by how much mark() grew in each of 1 + `rounds` times
+    `every` iterations, the first from when the problem was made: it compiles. It is called in place
+    of the evaluation, which is once a line of the log. prepare(problem) comes before anything."""
     module, marks = importlib.import_module(f"{argv[0]}.problem"), []
     original = module.make
 
     def evaluate(student):
-        if torch.cuda.is_available() and not marks:
+        if torch.cuda.is_available() and len(marks) == 1:
             torch.cuda.reset_peak_memory_stats()  # what it took to get here does not count
         marks.append(mark())
-        if len(marks) > rounds:
+        if len(marks) > 1 + rounds:
             raise Enough
         return {}
 
     def made(*args, **changes):
         real = original(*args, **changes)
         prepare(real)
+        marks.append(mark())
         return dataclasses.replace(
             real, evaluate=evaluate, snapshot=lambda: real.sample_inputs(1))
 
@@ -99,7 +103,7 @@ def evaluations(argv: Sequence[str]) -> tuple[float, int, float]:
         made.teacher.register_forward_hook(count)
         made.student.register_forward_hook(count)
 
-    (evals,) = stage(argv, 1, 1, lambda: sum(spent), prepare)
+    _, evals = stage(argv, 1, 1, lambda: sum(spent), prepare)
     _, made = make(argv)
     n, k = made.config.batch, made.config.fake_updates
     (z, cond), sigma = made.sample_inputs(n), made.sample_sigma(n)
@@ -114,9 +118,8 @@ def alone(made: disback.Problem, shares: int, compiled: bool, repeats: int) -> d
     the batch is computed in `shares`."""
     n, k, without = made.config.batch // shares, made.config.fake_updates, torch.no_grad()
     target, student, fake = made.teacher, made.student, copy.deepcopy(made.teacher)
-    if compiled:
-        for net in (target, student, fake):
-            net.compile(dynamic=False)
+    for net in (target, student, fake):
+        disback.ready(net, argparse.Namespace(shard=False, compile=compiled), made.blocks)
     (z, cond), sigma = made.sample_inputs(n), made.sample_sigma(n)
     x = z * (1 + sigma**2).sqrt()
     adam = torch.optim.AdamW(fake.parameters(), lr=1e-9, fused=True)
@@ -158,7 +161,8 @@ def milliseconds(work: Callable[[], Any], repeats: int) -> float:
 def column(argv: Sequence[str], evals: float, flops: float, every: int) -> dict[str, str]:
     """The numbers of a batch size, from runs of `every` iterations."""
     free()
-    iteration = min(stage(argv, every, ROUNDS, now)) / every * 1e3
+    first, *rounds = (seconds / every * 1e3 for seconds in stage(argv, every, ROUNDS, now))
+    iteration = min(rounds)
     memory = disback.peak_memory()
     free()
     args, made = make(argv)
@@ -168,9 +172,11 @@ def column(argv: Sequence[str], evals: float, flops: float, every: int) -> dict[
     peak = PEAK.get(device()) if getattr(made.config, "precision", "") == "bf16" else None
     times = parts | {"the rest": iteration - sum(parts.values()),
                      "all forwards and backwards": networks, "an iteration": iteration}
-    return {"batch": str(batch), **{f"{name}, ms": f"{ms:,.3f}" for name, ms in times.items()},
+    return {"batch": str(batch), "F an iteration": f"{evals:g}",
+            **{f"{name}, ms": f"{ms:,.3f}" for name, ms in times.items()},
             "  / all forwards and backwards": f"{iteration / networks:.2f}",
             "  / (F x the fake's forward)": f"{iteration / evals / parts['fake: forward']:.2f}",
+            "the first iterations take longer by, s": f"{(first - iteration) * every / 1e3:.1f}",
             "images a second": f"{batch / iteration * 1e3:,.4g}", "TFLOP/s": f"{rate:.3g}",
             "  / the peak": f"{rate / peak:.1%}" if peak else "-",
             "peak memory, GB": f"{memory / 1e9:.2f}"}
@@ -189,24 +195,56 @@ def device() -> str:
             else f"CPU, {threads} thread{'s' * (threads > 1)}")
 
 
-def report(argv: Sequence[str], batches: list, compiled: bool, every: int) -> None:
-    """Print the table: a row for each number, a column for each batch size."""
-    evals, least, flops = evaluations([*argv, *batches[0], "--no-compile"])  # with its hooks
-    flag = "--compile" if compiled else "--no-compile"
-    columns = []
-    for batch in batches:
-        if compiled:  # else from the second batch size on it would make code for any
+def report(argv: Sequence[str], settings: list, compiled: bool, every: int) -> None:
+    """Print the table: a row for each number, a column for each of `settings`, the flags of a batch
+    size and of the fake's updates. Before that, as soon as it is known, the time of an iteration:
+    a run that is cut off has then been of use as well."""
+    print(*argv, "on", device(), "with torch", torch.__version__,
+          "compiled" if compiled else "not compiled", flush=True)
+    counted, columns, last = {}, [], None
+    for batch, updates in settings:
+        if tuple(updates) not in counted:
+            evals, least, flops = evaluations([*argv, *settings[0][0], *updates, "--no-compile"])
+            counted[tuple(updates)] = evals
+            print(f"{evals:g} F an iteration, {least} is the least; F is {flops / 1e9:.4g} GFLOP",
+                  flush=True)
+        if compiled and batch != last:  # what was compiled for another size is of no use
             torch.compiler.reset()
+        flags, last = [*argv, *batch, *updates, "--compile" if compiled else "--no-compile"], batch
         try:
-            columns.append(column([*argv, *batch, flag], evals, flops, every))
+            columns.append(column(flags, counted[tuple(updates)], flops, every))
         except torch.OutOfMemoryError:
             columns.append(defaultdict(lambda: "-", {"batch": "".join(batch[1:]),
                                                      "peak memory, GB": "too large"}))
-    print(*argv, "on", device(), "with torch", torch.__version__,
-          "compiled" if compiled else "not compiled")
-    print(f"{evals:g} F an iteration, {least} is the least; F is {flops / 1e9:.4g} GFLOP")
+        print(", ".join(f"{row.strip()} {columns[-1].get(row, '-')}" for row in SOON),
+              file=sys.stderr, flush=True)
     for row in max(columns, key=len):
         print(f"{row:40}" + "".join(f"{column[row]:>12}" for column in columns))
+
+
+def profile(argv: Sequence[str], most: int = 15) -> None:
+    """Print where the device's time goes in an iteration: its longest kernels, or operators where
+    there is no GPU."""
+    gpu, calls = torch.cuda.is_available(), []
+    kind = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
+    profiler = torch.profiler.profile(activities=[kind])
+
+    def mark() -> float:
+        calls.append(now())
+        if len(calls) == 3:  # the iteration after the first, which compiles
+            profiler.start()
+        if len(calls) == 4:
+            profiler.stop()
+        return now()
+
+    stage(argv, 1, 3, mark)
+    name = "self_device_time_total" if gpu else "self_cpu_time_total"
+    found = sorted(profiler.key_averages(), key=lambda row: -getattr(row, name))
+    total = sum(getattr(row, name) for row in found)
+    print(f"{total / 1e3:.1f} ms in {sum(row.count for row in found)} calls, of which")
+    for row in found[:most]:
+        spent = getattr(row, name)
+        print(f"{spent / total:6.1%}{spent / 1e3:10.2f} ms{row.count:7} x  {row.key[:100]}")
 
 
 def main(name: str, random: list, every: int, argv: Sequence[str]) -> None:
@@ -215,18 +253,27 @@ def main(name: str, random: list, every: int, argv: Sequence[str]) -> None:
         f"All other flags are those of backtrack.py {name}."))
     parser.error = disback.refuse
     parser.add_argument("--batch", type=int, nargs="+", help="a column each; default: preset's")
+    parser.add_argument("--fake-updates", type=int, nargs="+", help="columns as well")
     parser.add_argument("--iterations", type=int, default=every,
                         help="of which the mean is taken, three times (default: %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="on by default "
                         "on CUDA", default=torch.cuda.is_available())
+    parser.add_argument("--profile", action="store_true",
+                        help="the longest kernels of an iteration, instead of the table")
     args, others = parser.parse_known_args(argv)
     if args.iterations < 1:
         disback.refuse(f"--iterations must be at least 1, not {args.iterations}")
     batches = [["--batch", str(n)] for n in args.batch or []] or [[]]
+    updates = [["--fake-updates", str(k)] for k in args.fake_updates or []] or [[]]
+    settings = [(batch, more) for batch in batches for more in updates]
     with contextlib.ExitStack() as patched:
         for patch in random:
             patched.enter_context(patch)
-        report([name, *others], batches, args.compile, args.iterations)
+        if args.profile:
+            profile([name, *others, *batches[0], *updates[0],
+                     "--compile" if args.compile else "--no-compile"])
+        else:
+            report([name, *others], settings, args.compile, args.iterations)
 
 
 if __name__ == "__main__":
