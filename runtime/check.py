@@ -179,9 +179,9 @@ def main(argv: Sequence[str]) -> None:
         print(f"{name:12}{what:36}{numbers}  {'ok' if good else 'FAILED ' + said}", flush=True)
         failed.extend([] if good else [what])
 
-    gpu = torch.cuda.is_available()
-    print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, torch {torch.__version__}, compiled "
-          f"{'by blocks' if gpu else 'nowhere'}\n{'problem':12}{'check':36}{'seen':>10}{'at most':>9}")
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, not compiled"
+    print(f"{where}, torch {torch.__version__}")
+    print(f"{'problem':12}{'check':36}{'seen':>10}{'at most':>9}", flush=True)
     with ThreadPoolExecutor() as pool:  # each stage is a process of its own
         runs = [pool.submit(run_stages, name, args.steps, report) for name in args.problems]
         for name in args.problems:

@@ -1,6 +1,7 @@
-"""What a GPU alone can show; skipped where there is none. runtime/check.py prints the same table."""
+"""What a GPU alone can show; skipped where there is none. runtime.check prints a table of it."""
 
 import contextlib
+import shutil
 
 import pytest
 import torch
@@ -61,8 +62,6 @@ def test_the_host_waits_for_nothing_inside_an_iteration(tmp_path, monkeypatch, n
 
 def test_a_compiled_stage_waits_for_nothing_and_compiles_nothing_anew_at_a_switch(
         recorded, tmp_path, monkeypatch, no_figures):
-    import shutil
-
     seen = []
 
     def watched(steps):
