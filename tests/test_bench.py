@@ -204,7 +204,7 @@ def test_the_stage_is_compiled_where_it_is_asked_for_and_never_while_it_is_count
     monkeypatch.setattr(bench, "evaluations", lambda argv: seen.append(argv) or (8, 8, 1))
     monkeypatch.setattr(bench, "column", lambda argv, *_: seen.append(argv) or {})
     bench.main("toy2d", [], 1, ["--compile"])
-    assert seen == [["toy2d", "--no-compile"], ["toy2d", "--compile"]]
+    assert seen == [["toy2d", "--batch", "1", "--no-compile"], ["toy2d", "--compile"]]
 
 
 def test_the_profile_names_the_longest_operators_of_one_iteration(capsys):

@@ -201,10 +201,12 @@ def report(argv: Sequence[str], settings: list, compiled: bool, every: int) -> N
     a run that is cut off has then been of use as well."""
     print(*argv, "on", device(), "with torch", torch.__version__,
           "compiled" if compiled else "not compiled", flush=True)
+    # F is counted on a single sample, as what is timed may fill the memory.
+    one = settings[0][0] if "--accumulate" in argv else ["--batch", "1"]
     counted, columns, last = {}, [], None
     for batch, updates in settings:
         if tuple(updates) not in counted:
-            evals, least, flops = evaluations([*argv, *settings[0][0], *updates, "--no-compile"])
+            evals, least, flops = evaluations([*argv, *one, *updates, "--no-compile"])
             counted[tuple(updates)] = evals
             print(f"{evals:g} F an iteration, {least} is the least; F is {flops / 1e9:.4g} GFLOP",
                   flush=True)
@@ -261,8 +263,10 @@ def main(name: str, random: list, every: int, argv: Sequence[str]) -> None:
     parser.add_argument("--profile", action="store_true",
                         help="the longest kernels of an iteration, instead of the table")
     args, others = parser.parse_known_args(argv)
-    if args.iterations < 1:
-        disback.refuse(f"--iterations must be at least 1, not {args.iterations}")
+    for flag, numbers in (("--iterations", [args.iterations]), ("--batch", args.batch or []),
+                          ("--fake-updates", args.fake_updates or [])):
+        if any(number < 1 for number in numbers):
+            disback.refuse(f"{flag} must be at least 1, not {min(numbers)}")
     batches = [["--batch", str(n)] for n in args.batch or []] or [[]]
     updates = [["--fake-updates", str(k)] for k in args.fake_updates or []] or [[]]
     settings = [(batch, more) for batch in batches for more in updates]
