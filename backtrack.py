@@ -14,7 +14,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import disback
-from runtime import ahead
 
 FLAGS = dict(
     target=dict(choices=("path", "teacher"), default="path", help="teacher alone is plain VSD"),
@@ -32,7 +31,6 @@ def main(argv: list[str]) -> None:
     if args.compare:
         disback.load_json(args.compare / "metrics.json", "--compare takes a finished run")
 
-    ahead.prepare(problem, args)
     # Only the target walks: nodes are loaded over the teacher's own weights. The fake learns.
     student, target = problem.student, problem.teacher
     fake = copy.deepcopy(problem.teacher)

@@ -12,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 import disback
-from runtime import ahead
 
 
 class Recorder:
@@ -92,7 +91,6 @@ def main(argv: list[str]) -> None:
             state.unlink(missing_ok=True)
             print(f"{out} is recorded already, {len(path) - 1} nodes: --overwrite records it again")
         return
-    ahead.prepare(problem, args)
     degraded = copy.deepcopy(problem.teacher)  # s'_theta, which forgets on the way to the student
     for net in (problem.teacher, problem.student):
         disback.ready(net, args, problem.blocks)
