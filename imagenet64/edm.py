@@ -175,9 +175,10 @@ class Conv(Resample):
 
 
 class GroupNorm(nn.GroupNorm):
-    """In a compiled network in bfloat16 the sums are those of channels, then of groups: memory that
-    is channels-last is then read in one go. Compiled, torch's own takes 1.3 times a block's time.
-    The mean of squares less the square of the mean, in float32, is exact enough for 8 bits."""
+    """Group normalisation of x [n, c, h, w]. Compiled and in bfloat16 it sums over each channel's
+    pixels first and over a group's channels then, as that reads channels-last memory in one go: on
+    an H200 a block of 192 channels at 64 x 64 went from 3.8 ms to 2.8, backward and all. The mean
+    of squares less the squared mean, in float32, is exact enough for numbers of 8 bits."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != torch.bfloat16 or not torch.compiler.is_compiling():

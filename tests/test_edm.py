@@ -210,6 +210,25 @@ def test_the_network_compiles_to_one_graph_with_the_same_d_and_gradients(net, re
 # --------------------------------------------------------------------------------- noise and loss
 
 
+def test_the_compiled_group_norm_in_bfloat16_and_its_gradients_are_torchs_in_float64():
+    torch.manual_seed(0)
+    norm = edm.group_norm(64)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    x = (4 + 2 * torch.randn(3, 64, 6, 5)).bfloat16().to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    double = [t.detach().double().requires_grad_() for t in (x, norm.weight, norm.bias)]
+    expected = F.group_norm(double[0], 16, *double[1:], eps=1e-5)
+    out = torch.compile(norm, backend="aot_eager", dynamic=False)(x)
+    torch._dynamo.reset()
+    assert out.dtype == torch.float32 and out.is_contiguous(memory_format=torch.channels_last)
+    assert (out - expected).norm() / expected.norm() < 1e-6
+    towards = torch.randn_like(out)
+    found = torch.autograd.grad((out * towards).sum(), (x, norm.weight, norm.bias))
+    wanted = torch.autograd.grad((expected * towards).sum(), double)
+    for ours, theirs, most in zip(found, wanted, (3e-3, 1e-6, 1e-6)):  # x's has 8 bits
+        assert (ours - theirs).norm() / theirs.norm() < most
+
+
 def test_noise_levels_and_weights_are_those_of_edms_loss(ref, monkeypatch):
     monkeypatch.setattr(torch, "randn", lambda *shape, **_: ref["loss/rnd_normal"].reshape(shape))
     sigma = edm.lognormal_sigma(8)
