@@ -2,18 +2,21 @@
 along the recorded path, from the node before the last to the teacher."""
 
 import copy
-import dataclasses
 import functools
 import math
-import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.optim.swa_utils import get_ema_multi_avg_fn
-from tqdm import tqdm
+from torch import Tensor
 
 import disback
+from runtime import cli, files, place, ranks, results
+from runtime.folder import open_path
+from runtime.interface import Problem
+from runtime.ranks import optimizer
+from runtime.run import Run
 
 FLAGS = dict(
     target=dict(choices=("path", "teacher"), default="path", help="teacher alone is plain VSD"),
@@ -22,132 +25,128 @@ FLAGS = dict(
     compare=dict(type=Path, metavar="DIR", help="a finished run to draw beside this one"))
 
 
-def main(argv: list[str]) -> None:
-    args, problem = disback.start("backtrack", __doc__, argv, **FLAGS)
-    config, batch, steps = problem.config, problem.config.batch, problem.config.backtrack_steps
-    fake_init = args.fake_init or ("degraded" if args.target == "path" else "teacher")
-    path = None if (args.target, fake_init) == ("teacher", "teacher") else disback.Path(
-        args.path or args.out / "path", problem.about, problem.unpack)
-    if args.compare:
-        disback.load_json(args.compare / "metrics.json", "--compare takes a finished run")
+class Networks:
+    """Student and fake, which learn; the target, which walks; and the student's moving average.
 
-    # Only the target walks: nodes are loaded over the teacher's own weights. The fake learns.
-    student, target = problem.student, problem.teacher
-    fake = copy.deepcopy(problem.teacher)
-    ema = copy.deepcopy(student) if config.ema > 0 else student
-    trained_student, trained_fake = (disback.ready(net, args, problem.blocks, trained=True)
-                                     for net in (student, fake))
-    disback.ready(target, args, problem.blocks)
-    if ema is not student:  # it is called seldom, in batches of other sizes
-        disback.ready(ema, args, problem.blocks, compiled=False)
-    if fake_init == "degraded":
-        path.load(len(path) - 1, fake)
-    walk = disback.Walk(path if args.target == "path" else None, target, config.interval,
-                        config.switch == "adaptive")
-    guided, average = functools.partial(problem.guide, target), get_ema_multi_avg_fn(config.ema)
-    weights, ema_weights = list(student.parameters()), list(ema.parameters())
-    nets, shown = dict(student=student, fake=fake, ema=ema), disback.SplitOverRanks(ema)
-    optimizers = {name: torch.optim.AdamW(nets[name].parameters(), weight_decay=config.weight_decay,
-                                          betas=(config.beta1, config.beta2), fused=True)
-                  for name in ("student", "fake")}
+    Only the target takes the nodes' weights: they are loaded over the teacher's own."""
 
-    state, log, snapshot_inputs = args.out / "state.pt", args.out / "log.jsonl", problem.snapshot()
-    settings = {**problem.about, **dataclasses.asdict(config), "target": args.target,
-                "fake_init": fake_init, "path": path and disback.sha256(path.folder / "path.json")}
+    def __init__(self, args: Any, problem: Problem, path: disback.DegradationPath | None):
+        self.problem, self.config = problem, problem.config
+        self.student, self.target = problem.student, problem.teacher
+        self.fake, self.average = copy.deepcopy(problem.teacher), copy.deepcopy(problem.student)
+        for net in (self.student, self.fake, self.target):
+            place.ready(net, args, problem.blocks)
+        place.ready(self.average, args, problem.blocks, compiled=False)  # called seldom
+        if args.fake_init == "degraded":
+            path.load(len(path) - 1, self.fake)
+        self.scheduler = disback.PathScheduler(path if args.target == "path" else None, self.target,
+                                               self.config.interval,
+                                               self.config.switch == "adaptive")
+        self.guided = functools.partial(problem.guide, self.target)
+        self.share = functools.partial(ranks.share, self.config.batch, args.accumulate)
+        self.adams = {
+            "student": optimizer(self.student, self.config, self.config.lr_student, problem.clip),
+            "fake": optimizer(self.fake, self.config, self.config.lr_fake, problem.clip)}
+        self.rates = {
+            "student": self.decaying(self.adams["student"], 1),
+            "fake": self.decaying(self.adams["fake"], self.config.fake_updates)}
 
-    # In forwards of the network, an update of the student costs 5: its own forward, the backward's
-    # 2, fake and target; one of the fake 3. Its first takes the student's samples, others draw new.
-    k = config.fake_updates
-    evals_a_step = batch * (4 + problem.guide_evals + 3 * k + (k - 1))
-    share = functools.partial(disback.share, batch, args.accumulate)
+    def decaying(self, adam: torch.optim.Optimizer, updates: int) -> Any:
+        """The learning rate's schedule, of an optimizer with so many updates an iteration."""
+        cosine, steps = self.config.decay == "cosine", self.config.backtrack_steps
+        return torch.optim.lr_scheduler.LambdaLR(adam, lambda update: (
+            1 + math.cos(math.pi * (update // updates) / steps)) / 2 if cosine else 1.0)
 
-    def snapshot(step):
-        with torch.no_grad():
-            x0 = problem.generate(shown, *snapshot_inputs)
-        disback.save_tensors(args.out / "snapshots" / f"{step:07d}.safetensors",
-                             {"x0": x0, "node": torch.tensor(walk.node)})
-
-    done, since, seconds, totals = 0, 0, 0.0, torch.zeros(2, device=snapshot_inputs[0].device)
-    if args.resume:
-        then = disback.load_state(state, nets, optimizers, settings)
-        done, since, seconds = then["step"], then["since"], then["seconds"]
-        totals += then["totals"].to(totals)
-        walk.node, walk.age, walk.mismatch = then["node"], then["age"], then["mismatch"]
-        if walk.path:
-            walk.path.load(walk.node, target)
-        del then  # else a second copy of it all stays
-    else:
-        disback.claim(args, problem, "backtrack", settings)
-        snapshot(0)
-    began = time.perf_counter() - seconds
-    progress = tqdm(range(done + 1, steps + 1), "backtrack", steps, initial=done,
-                    disable=disback.rank() > 0)
-    for step in disback.stoppable(progress):
-        decay = (1 + math.cos(math.pi * (step - 1) / steps)) / 2 if config.decay == "cosine" else 1
-        z, cond = problem.sample_inputs(batch)
-        sigma, eps = problem.sample_sigma_vsd(batch), torch.randn_like(z)
-        samples, mismatches = [], []
-        for z_i, cond_i, sigma_i, eps_i in share(z, cond, sigma, eps):
-            x0 = problem.generate(trained_student, z_i, cond_i)
-            loss, mismatch = disback.vsd_loss(  # Eq. 8
-                x0, sigma_i, fake, guided, cond_i, config.weighting, eps_i)
-            (loss / args.accumulate).backward()
+    def update_student(self) -> tuple[list[tuple], Tensor]:
+        """One update by Eq. 8; the samples (x0, cond) in parts, and their mismatch degree."""
+        n, problem = self.config.batch, self.problem
+        z, cond = problem.sample_inputs(n)
+        drawn = z, cond, problem.sample_sigma_vsd(n), torch.randn_like(z)
+        parts, samples, mismatches = self.share(*drawn), [], []
+        for z_i, cond_i, sigma, eps in parts:
+            x0 = problem.generate(self.student, z_i, cond_i)
+            loss, mismatch = disback.vsd_loss(x0, sigma, self.fake, self.guided, cond_i,
+                                              self.config.weighting, eps)
+            (loss / len(parts)).backward()
             samples.append((x0.detach(), cond_i))
             mismatches.append(mismatch)
-        disback.update(optimizers["student"], config.lr_student * decay, problem.clip)
-        if ema is not student:
-            average(ema_weights, weights, None)
+        self.adams["student"].step()
+        self.adams["student"].zero_grad()
+        self.rates["student"].step()
+        disback.update_average(self.average, self.student, self.config.ema)
+        return samples, ranks.mean_over_ranks(sum(mismatches) * (1 / len(parts)))
 
-        for i in range(k):
-            if i > 0:
-                z, cond = problem.sample_inputs(batch)
-                with torch.no_grad():
-                    samples = [(problem.generate(student, *inputs), inputs[1])
-                               for inputs in share(z, cond)]
-            sigma, eps = problem.sample_sigma(batch), torch.randn_like(z)
-            losses = []
-            for (x0, cond_i), (sigma_i, eps_i) in zip(samples, share(sigma, eps)):
-                loss = disback.score_matching_loss(  # Eq. 5
-                    trained_fake, x0, sigma_i, cond_i, problem.score_weight(sigma_i), eps_i)
-                (loss / args.accumulate).backward()
-                losses.append(loss.detach())
-            disback.update(optimizers["fake"], config.lr_fake * decay, problem.clip)
+    def fresh_samples(self) -> list[tuple]:
+        """New samples (x0, cond) of the student, in parts."""
+        z, cond = self.problem.sample_inputs(self.config.batch)
+        with torch.no_grad():
+            return [(self.problem.generate(self.student, *inputs), inputs[1])
+                    for inputs in self.share(z, cond)]
 
-        numbers = torch.stack([sum(losses), sum(mismatches)]) * (1 / args.accumulate)
-        numbers = disback.mean_over_ranks(numbers)
-        totals, stop = totals + numbers, disback.stop_asked()
-        save = step % config.save_every == 0 or step == steps
-        if save or step % config.log_every == 0:
-            mean_fake, mean_mismatch = (totals / (step - since)).tolist()
-            totals, since = torch.zeros_like(totals), step
-            spread = torch.cat([x0 for x0, _ in samples]).std(0, correction=0).mean()
-            disback.log(log, step, walk.node, loss_fake=mean_fake, mismatch=mean_mismatch,
-                        spread=disback.mean_over_ranks(spread).item(),
-                        network_evals=evals_a_step * step, seconds=time.perf_counter() - began,
-                        **problem.evaluate(shown))
-            progress.set_postfix(node=walk.node, mismatch=f"{mean_mismatch:.3g}")
-        if walk.step(numbers[1]) or save:
+    def update_fake(self, samples: list[tuple]) -> Tensor:
+        """One update by Eq. 5 on the student's samples; the loss."""
+        n, like = self.config.batch, samples[0][0]
+        sigma = self.problem.sample_sigma(n)
+        eps = torch.randn(n, *like.shape[1:], dtype=like.dtype, device=like.device)
+        parts = [(x0, sigma_i, cond, eps_i)
+                 for (x0, cond), (sigma_i, eps_i) in zip(samples, self.share(sigma, eps))]
+        loss = disback.update_score_model(self.fake, self.adams["fake"], parts,
+                                          self.problem.score_weight)
+        self.rates["fake"].step()
+        return loss
+
+
+def prepare(argv: Sequence[str]) -> tuple[Any, Problem, disback.DegradationPath | None]:
+    """The arguments, the problem, and the path, which plain VSD does without."""
+    args, problem = cli.start("backtrack", __doc__, argv, **FLAGS)
+    args.fake_init = args.fake_init or ("degraded" if args.target == "path" else "teacher")
+    plain = (args.target, args.fake_init) == ("teacher", "teacher")
+    path = None if plain else open_path(args.path or args.out / "path", problem)
+    if args.compare:
+        files.load_json(args.compare / "metrics.json", "--compare takes a finished run")
+    return args, problem, path
+
+
+def distil(args: Any, problem: Problem, path: disback.DegradationPath | None) -> None:
+    """The stage, of what `prepare` returns."""
+    config, nets = problem.config, Networks(args, problem, path)
+    kept, scheduler = problem.snapshot(), nets.scheduler
+    run = Run("backtrack", args, problem,
+              dict(student=nets.student, fake=nets.fake, ema=nets.average), nets.adams,
+              dict(scheduler=scheduler, student=nets.rates["student"], fake=nets.rates["fake"]),
+              target=args.target, fake_init=args.fake_init,
+              path=path and files.sha256(path.folder / "path.json"))
+
+    def snapshot(step: int) -> None:
+        with torch.no_grad():
+            x0 = problem.generate(nets.average, *kept)
+        files.save_tensors(args.out / "snapshots" / f"{step:07d}.safetensors",
+                           {"x0": x0, "node": torch.tensor(scheduler.node)})
+
+    if not args.resume:
+        snapshot(0)
+    for step in run.steps(config.backtrack_steps):
+        samples, mismatch = nets.update_student()  # Eq. 8
+        for i in range(config.fake_updates):  # Eq. 5
+            loss = nets.update_fake(samples if i == 0 else nets.fresh_samples())
+        run.count(loss_fake=loss, mismatch=mismatch)
+        if run.logs_at(step):
+            run.log(scheduler.node, seconds=run.seconds,
+                    network_evals=results.evals_an_iteration(problem) * step,
+                    **problem.evaluate(nets.average))
+        if scheduler.step(mismatch) or run.saves_at(step):
             snapshot(step)
-        if save or stop:
-            disback.save_state(state, step, nets, optimizers, settings=settings, node=walk.node,
-                               age=walk.age, mismatch=walk.mismatch, totals=totals, since=since,
-                               seconds=time.perf_counter() - began)
-        if stop:
-            sys.exit(f"stopped by {stop} after step {step}: --resume goes on from there")
 
-    disback.save_tensors(args.out / "student.safetensors", ema.state_dict())
-    stage1, stage2 = path.about.get("network_evals", 0) if path else 0, evals_a_step * steps
-    disback.save_json(args.out / "metrics.json", {
-        **problem.about, "method": "disback" if args.target == "path" else "vsd",
-        "fake_init": fake_init, "node": walk.node, "steps": steps,
-        "peak_memory_bytes": disback.peak_memory(), "seconds": time.perf_counter() - began,
-        "network_evals": {"stage1": stage1, "stage2": stage2, "total": stage1 + stage2},
-        **problem.evaluate(shown)})
-    disback.barrier()
-    problem.draw(args.out, path, args.compare)
-    if walk.node > 0 and disback.rank() == 0:
-        print(f"note: the target is still node {walk.node}; more --steps reach the teacher")
+    results.finish(args.out, problem, nets.average, path, args.compare, seconds=run.seconds,
+                   method="disback" if args.target == "path" else "vsd",
+                   fake_init=args.fake_init, node=scheduler.node)
+    if scheduler.node > 0 and ranks.rank() == 0:
+        print(f"note: the target is still node {scheduler.node}; more --steps reach the teacher")
+
+
+def main(argv: Sequence[str]) -> None:
+    distil(*prepare(argv))
 
 
 if __name__ == "__main__":
-    disback.run(main)
+    cli.run(main)

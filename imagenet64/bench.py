@@ -1,32 +1,36 @@
 """What an iteration of backtrack.py costs, and where its time goes: python -m imagenet64.bench
 
-Preset tiny is the digits' network, preset full the ADM, both of random weights. See toy2d/bench.py.
+Preset tiny is the digits' network, preset full the ADM, both of random weights. See
+runtime/bench.py.
 """
 
-import functools
-from unittest import mock
+from typing import Any
 
 import torch
 
-import disback
+import backtrack
 from imagenet64 import edm, problem
-from toy2d import bench
+from runtime import bench, cli, ranks
+from runtime.interface import Problem
 
 
-def random_teacher(config: problem.Config) -> tuple[edm.Denoiser, str]:
+def random_teacher(config: problem.Config) -> edm.Denoiser:
     """The preset's network, made where it is to be. A GPU multiplies zeros faster, so that weights
     which start at zero are made random too."""
-    with disback.device():
+    with ranks.device():
         net = edm.Denoiser(**problem.NETWORKS[config.images])
     for weight in net.parameters():
         if not weight.any():
             torch.nn.init.normal_(weight, std=0.02)
-    return net, "random"
+    return net
 
 
-# Its evaluation, which the benchmark has no use for, would train the digits' classifier.
-RANDOM = [mock.patch.multiple(problem, load_teacher=random_teacher,
-                              Evaluation=lambda config, device: None)]
+def make(config: problem.Config, seed: int, device: Any) -> Problem:
+    """Without an evaluation, for which the benchmark has no use: it would train a classifier."""
+    return problem.assemble(config, seed, device, random_teacher(config), "random", None)
+
+
+BENCH = bench.Bench("imagenet64", make, backtrack)
 
 if __name__ == "__main__":
-    disback.run(functools.partial(bench.main, "imagenet64", RANDOM, 5))
+    cli.run(lambda argv: bench.main(BENCH, 5, argv))

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import trange
 
-import disback
-from imagenet64 import download
+from runtime import files
 
 FILE = Path(__file__).parent / "digits.npz"
 HELD_OUT = 360  # images that the classifier is not trained on, a fifth
@@ -69,14 +68,14 @@ def classifier() -> Classifier:
     into it in seconds on the first call. No seed of the user's changes it, and torch's random
     state is left as it was. Raises disback.Refusal where the cache cannot be written or read."""
     source = "".join(map(inspect.getsource, (load, split, Classifier, trained)))
-    depends_on = repr((HELD_OUT, STEPS, BATCH, LR, NOISE, torch.__version__)) + disback.sha256(FILE)
+    depends_on = repr((HELD_OUT, STEPS, BATCH, LR, NOISE, torch.__version__)) + files.sha256(FILE)
     name = hashlib.sha256((source + depends_on).encode()).hexdigest()[:16]
-    file = download.cached(f"digits-classifier-{name}.safetensors")
+    file = files.cached(f"digits-classifier-{name}.safetensors")
     if not file.exists():
-        disback.save_tensors(file, trained().state_dict())
+        files.save_tensors(file, trained().state_dict())
     with torch.random.fork_rng(devices=[]):  # the layers draw initial weights, here for nothing
         net = Classifier()
-    disback.load_net(file, net, "remove it, and the next run trains it again")
+    files.load_net(file, net, "remove it, and the next run trains it again")
     return net.eval().requires_grad_(False)
 
 

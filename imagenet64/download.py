@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import disback
+from runtime import files
 
 NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/"
 TEACHER = NVIDIA + "edm/pretrained/edm-imagenet-64x64-cond-adm.pkl"
@@ -16,11 +17,6 @@ REFERENCE = NVIDIA + "edm/fid-refs/imagenet-64x64.npz"
 INCEPTION = NVIDIA + "stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 # As k-diffusion and others check it; no hash of the other two files was found published.
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-
-
-def cached(name: str) -> Path:
-    """The file of that name in the cache, $DISBACK_CACHE or ~/.cache/disback."""
-    return Path(os.environ.get("DISBACK_CACHE", Path.home() / ".cache" / "disback")) / name
 
 
 def fetch(url: str, file: Path, sha256: str | None = None) -> Path:
@@ -39,14 +35,14 @@ def fetch(url: str, file: Path, sha256: str | None = None) -> Path:
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise disback.Refusal(f"cannot download {url} ({error}): try again to go on from where "
                                   f"it broke, or put the file at {file} by hand") from error
-    found = disback.sha256(file if there else part)
+    found = files.sha256(file if there else part)
     if sha256 and found != sha256:
         raise disback.Refusal(f"{file if there else part} has SHA-256 {found}, not {sha256} as "
                               f"{url} should: remove it and try again")
     if not there:
         os.replace(part, file)
     if not sha256:
-        disback.atomically(record, lambda f: f.write_text(found + "\n"))
+        files.atomically(record, lambda f: f.write_text(found + "\n"))
     return file
 
 

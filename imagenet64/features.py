@@ -16,6 +16,7 @@ from torch import Tensor
 import disback
 from imagenet64 import digits, download
 from imagenet64.edm import to_uint8
+from runtime import files
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def of_digits(device: str) -> tuple[Extractor, tuple[Tensor, Tensor]]:
     weights = b"".join(t.cpu().numpy().tobytes() for t in net.state_dict().values())
     extractor = Extractor((1, 8, 8), lambda x: net.features(x.to(device) / 127.5 - 1),
                           {"features_sha256": hashlib.sha256(weights).hexdigest(),
-                           "reference_sha256": disback.sha256(digits.FILE)})
+                           "reference_sha256": files.sha256(digits.FILE)})
     features = extractor(to_uint8(digits.load()[0])).cpu().double()
     return extractor, (features.mean(dim=0), features.T.cov())
 
@@ -50,7 +51,7 @@ def of_inception(inception: Path, reference: Path,
                  device: str) -> tuple[Extractor, tuple[Tensor, Tensor]]:
     """Preset full: Inception from a TorchScript file, mu and sigma of the data from an .npz.
     Refuses files that are not that."""
-    with disback.blame(f"{inception} is not the TorchScript Inception of {download.INCEPTION}"):
+    with files.blame(f"{inception} is not the TorchScript Inception of {download.INCEPTION}"):
         net = torch.jit.load(inception, map_location=device).eval()
         net(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device), return_features=True)
     mean, cov = (torch.from_numpy(a).double() for a in read_npz(reference, "mu", "sigma"))
@@ -59,14 +60,14 @@ def of_inception(inception: Path, reference: Path,
         raise disback.Refusal(f"{reference} holds no mean and covariance: use the file of "
                               f"{download.REFERENCE}")
     extractor = Extractor((3, 64, 64), lambda x: net(x.to(device), return_features=True),
-                          {"features_sha256": disback.sha256(inception),
-                           "reference_sha256": disback.sha256(reference)})
+                          {"features_sha256": files.sha256(inception),
+                           "reference_sha256": files.sha256(reference)})
     return extractor, (mean, cov)
 
 
 def read_npz(file: Path, *names: str) -> list[np.ndarray]:
     """The arrays of these names, none of them unpickled; Refusal where the file lacks one."""
-    with disback.blame(f"{file} is no .npz file with {' and '.join(names)}"):
+    with files.blame(f"{file} is no .npz file with {' and '.join(names)}"):
         with np.load(file, allow_pickle=False) as data:
             arrays = [data[name] for name in names]
         if not all(isinstance(a, np.ndarray) and a.dtype.kind in "uif" for a in arrays):

@@ -19,6 +19,7 @@ from tqdm import tqdm
 import disback
 from imagenet64 import download, features, problem, sample
 from imagenet64.frechet import Statistics, frechet_distance
+from runtime import cli, files, ranks, results
 
 SAVE_EVERY = 5000  # images between savings of a measurement that is under way
 
@@ -37,7 +38,7 @@ def measure(batches_of_block: Callable[[int, int], Iterable[Tensor]], extract: C
     statistics, distances = restore(resume_file, len(reference[0]), about)
     done = len(distances) * images + statistics.n
     with tqdm(total=blocks * images, initial=done, desc="features", unit="image",
-              disable=disback.rank() > 0) as bar:
+              disable=ranks.rank() > 0) as bar:
         for block in range(len(distances), blocks):
             saved = statistics.n
             for batch in batches_of_block(block, statistics.n):
@@ -57,7 +58,7 @@ def measure(batches_of_block: Callable[[int, int], Iterable[Tensor]], extract: C
 
 def save(file: Path, statistics: Statistics, distances: list[float], about: dict) -> None:
     """A measurement under way as tensors; `about` becomes the bytes of its JSON."""
-    disback.save_tensors(file, {
+    files.save_tensors(file, {
         "n": torch.tensor(statistics.n), "mean": statistics.mean, "scatter": statistics.scatter,
         "distances": torch.tensor(distances, dtype=torch.float64),
         "about": torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)})
@@ -69,7 +70,7 @@ def restore(file: Path, dim: int, about: dict) -> tuple[Statistics, list[float]]
     statistics = Statistics(dim)
     if not file.exists():
         return statistics, []
-    with disback.blame(f"{file} cannot be read: remove it to measure from the start"):
+    with files.blame(f"{file} cannot be read: remove it to measure from the start"):
         kept = load_file(file)
         then = json.loads(bytes(kept["about"].tolist()))
         for name in about | then:
@@ -89,7 +90,7 @@ def restore(file: Path, dim: int, about: dict) -> tuple[Statistics, list[float]]
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m imagenet64.fid", description=__doc__,
                                      allow_abbrev=False)
-    parser.error = disback.refuse
+    parser.error = cli.refuse
     sample.add_source(parser)
     parser.add_argument("--images", type=int, help="of a block (50000; of an .npz: all it holds)")
     parser.add_argument("--blocks", type=int, help="measured apart (3; of an .npz: 1)")
@@ -98,22 +99,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name, least in (("images", 2), ("blocks", 1), ("batch", 1)):
         if (value := getattr(args, name)) is not None and value < least:
-            disback.refuse(f"--{name} must be at least {least}, not {value}")
+            cli.refuse(f"--{name} must be at least {least}, not {value}")
     if args.source.endswith(".npz") and (args.node is not None or args.steps is not None):
-        disback.refuse("--node and --steps are for weights, not for images in an .npz")
+        cli.refuse("--node and --steps are for weights, not for images in an .npz")
     return args
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    disback.join_ranks()
-    device = disback.device()
+    ranks.join_ranks()
+    device = ranks.device()
     if args.source.endswith(".npz"):
         base, config = Path(args.source).with_suffix(".fid"), problem.PRESETS[args.preset or "tiny"]
         batches, size, blocks, about = of_npz(args)
     else:
         base = sample.default_name(args, "fid")
-        with disback.first_rank_first():
+        with ranks.first_rank_first():
             made, config, about = sample.source(args)
         size, blocks = args.images or 50_000, args.blocks or 3
 
@@ -121,23 +122,23 @@ def main(argv: list[str]) -> None:
             return (x for x, _ in made(range(block * size + done, (block + 1) * size)))
 
     if config.images == "digits" and (args.inception or args.reference):
-        disback.refuse("--inception and --reference are for ImageNet, not for the digits")
-    with disback.first_rank_first():
+        cli.refuse("--inception and --reference are for ImageNet, not for the digits")
+    with ranks.first_rank_first():
         extractor, reference = (features.of_digits(device) if config.images == "digits"
-                                else features.of_inception(*files(args), device))
+                                else features.of_inception(*inception_files(args), device))
     name = f"{base.name}-{size}x{blocks}"
     under_way = base.with_name(name + ".partial.safetensors")
-    result = measure(batches, disback.SplitOverRanks(extractor), reference, size, blocks, under_way,
+    result = measure(batches, results.SplitOverRanks(extractor), reference, size, blocks, under_way,
                      about | extractor.about)
-    disback.save_json(base.with_name(name + ".json"), result)
-    if disback.rank() == 0:
+    files.save_json(base.with_name(name + ".json"), result)
+    if ranks.rank() == 0:
         under_way.unlink()  # only now, so that a full disk costs no measurement
         print(json.dumps(result, indent=1))
 
 
-def files(args: argparse.Namespace) -> tuple[Path, Path]:
+def inception_files(args: argparse.Namespace) -> tuple[Path, Path]:
     """Inception and the reference: as named, or from the cache, or downloaded into it."""
-    inception, reference = map(download.cached, ("inception-2015-12-05.pt", "imagenet-64x64.npz"))
+    inception, reference = map(files.cached, ("inception-2015-12-05.pt", "imagenet-64x64.npz"))
     return (args.inception or download.fetch(download.INCEPTION, inception,
                                              download.INCEPTION_SHA256),
             args.reference or download.fetch(download.REFERENCE, reference))
@@ -161,8 +162,8 @@ def of_npz(args: argparse.Namespace) -> tuple[Callable, int, int, dict]:
             part = images[start:min(start + args.batch, (block + 1) * size)]
             yield torch.from_numpy(part).permute(0, 3, 1, 2)
 
-    return batches, size, blocks, {"images_sha256": disback.sha256(source)}
+    return batches, size, blocks, {"images_sha256": files.sha256(source)}
 
 
 if __name__ == "__main__":
-    disback.run(main)
+    cli.run(main)

@@ -3,19 +3,26 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
 import disback
 from imagenet64.edm import to_uint8
-from toy2d.figures import STUDENT, TARGET, draw_convergence, read_snapshots, save, switches
+from runtime.plots import (
+    STUDENT,
+    TARGET,
+    draw_convergence,
+    plt,
+    read_snapshots,
+    save,
+    switches,
+)
 
 COLUMNS = 10  # images in a row, of as many classes, the same in every row
 
 
 @torch.no_grad()
-def draw(out: Path, path: disback.Path | None, compare: Path | None, net: nn.Module,
+def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None, net: nn.Module,
          sample: Callable[[nn.Module], Tensor], floor: float | None) -> None:
     """Write path.png, teacher_student.png and, where the distance to the data was measured,
     convergence.png to `out`/figures.

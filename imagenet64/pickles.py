@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import disback
+from runtime import cli, files
 
 LARGEST = 2**31  # bytes of a file; the released ones have up to 1.2e9
 OPERATIONS = 2**20  # of the machine; the ImageNet-64 file takes about 100,000
@@ -55,7 +56,7 @@ def convert(source: str | Path, target: str | Path) -> str:
         raise disback.Refusal(f"{source} is not an EDM checkpoint that can be read: {error}; "
                               "download it again") from error
     digest = hashlib.sha256(data).hexdigest()
-    disback.atomically(target, lambda f: save_file(tensors, f, {"source_sha256": digest}))
+    files.atomically(target, lambda f: save_file(tensors, f, {"source_sha256": digest}))
     return digest
 
 
@@ -348,4 +349,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    disback.run(main)
+    cli.run(main)

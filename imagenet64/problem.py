@@ -15,58 +15,42 @@ from tqdm import trange
 
 import disback
 from imagenet64 import digits, download, edm, features, figures, frechet, pickles
+from runtime import files, interface
+from runtime.interface import setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Every field is a flag. The values are preset tiny's, found by trying, see README.md."""
+class Config(interface.Config):
+    """The settings that images have beside those of every problem."""
 
-    degrade_steps: int = 60  # training steps of this stage
-    backtrack_steps: int = 300  # iterations: an update of the student, then the fake's
-    batch: int = 128  # images in a batch
-    nodes: int = 5  # N, the nodes that are recorded after the teacher
-    spacing: Literal["arc", "linear", "log"] = "arc"  # where nodes are recorded, see Recorder
-    interval: int = 10  # iterations that the target stays at a node
-    switch: Literal["interval", "adaptive"] = "interval"  # when the target moves on, see Walk
-    weighting: Literal["score", "eps", "x0", "dmd"] = "x0"  # w(sigma) of Eq. 8
-    lr_student: float = 3e-4  # learning rate of the student
-    lr_fake: float = 3e-4  # learning rate of the fake
-    lr_degrade: float = 3e-4  # learning rate of the degrading teacher
-    fake_updates: int = 1  # updates of the fake after each of the student
-    beta1: float = 0.0  # of Adam, as Diff-Instruct and SiD
-    beta2: float = 0.99  # of Adam
-    weight_decay: float = 0.0  # of AdamW; 0 makes it Adam
-    decay: Literal["cosine", "constant"] = "cosine"  # of the learning rates
-    ema: float = 0.95  # decay of the student's moving average; 0 keeps none
-    save_every: int = 100  # iterations between checkpoints
-    log_every: int = 25  # iterations between lines of log.jsonl
-
-    images: Literal["digits", "imagenet"] = "digits"  # the preset's data, and network
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks' arithmetic; weights are fp32
-    start: Literal["teacher", "untrained"] = "teacher"  # the student's first weights
-    start_sigma: float = 80.0  # the noise level at which the student generates
-    sigma_vsd: Literal["lognormal", "karras"] = "lognormal"  # levels of the student's update
-    sigma_fake: Literal["lognormal", "karras"] = "lognormal"  # levels of score matching
-    teacher: str = ""  # the teacher's file, .pkl or .safetensors; default: trained or downloaded
-    teacher_steps: int = 1000  # training steps of the digits' teacher
-    teacher_lr: float = 1e-3  # its learning rate
-
-    def __post_init__(self) -> None:
-        disback.check_config(self)
+    images: Literal["digits", "imagenet"] = setting(
+        "digits", "the preset's data, and network", flag=False)
+    start: Literal["teacher", "untrained"] = setting("teacher", "the student's first weights")
+    start_sigma: float = setting(80.0, "the noise level at which the student generates")
+    sigma_vsd: Literal["lognormal", "karras"] = setting(
+        "lognormal", "levels of the student's update")
+    sigma_fake: Literal["lognormal", "karras"] = setting("lognormal", "levels of score matching")
+    teacher: str = setting(
+        "", "the teacher's file, .pkl or .safetensors; default: trained or downloaded")
+    teacher_steps: int = setting(1000, "training steps of the digits' teacher")
+    teacher_lr: float = setting(1e-3, "its learning rate")
 
 
+# Found by trying, see README.md; Adam's beta1 is that of Diff-Instruct and SiD.
+TINY = Config(degrade_steps=60, backtrack_steps=300, batch=128, nodes=5, weighting="x0",
+              lr_student=3e-4, lr_fake=3e-4, lr_degrade=3e-4, beta2=0.99)
 # DMD2's setting on ImageNet-64, which the official DisBack ships for EDM as well. Its GAN loss and
 # its warm-up of 500 steps are left out. Path and interval are ours: no recipe was released.
-FULL = Config(images="imagenet", degrade_steps=1000, backtrack_steps=100_000, batch=280, nodes=10,
-              interval=500, weighting="dmd", lr_student=2e-6, lr_fake=2e-6, lr_degrade=2e-6,
-              fake_updates=5, beta1=0.9, beta2=0.999, weight_decay=0.01, decay="constant", ema=0.0,
-              save_every=1000, log_every=100, precision="bf16", start_sigma=80.0,
-              sigma_vsd="karras", sigma_fake="karras")
+FULL = replace(TINY, images="imagenet", degrade_steps=1000, backtrack_steps=100_000, batch=280,
+               nodes=10, interval=500, weighting="dmd", lr_student=2e-6, lr_fake=2e-6,
+               lr_degrade=2e-6, fake_updates=5, beta1=0.9, beta2=0.999, weight_decay=0.01,
+               decay="constant", ema=0.0, save_every=1000, log_every=100, precision="bf16",
+               start_sigma=80.0, sigma_vsd="karras", sigma_fake="karras")
 # Diff-Instruct's setting, published for CIFAR-10: the student starts where EDM denoises best.
 DIFF_INSTRUCT = replace(FULL, batch=128, weighting="x0", lr_student=1e-5, lr_fake=1e-5,
                         lr_degrade=1e-5, fake_updates=1, beta1=0.0, weight_decay=0.0, ema=0.9998,
                         start_sigma=1.0, sigma_vsd="lognormal", sigma_fake="lognormal")
-PRESETS = {"tiny": Config(), "full": FULL, "diff-instruct": DIFF_INSTRUCT}
+PRESETS = {"tiny": TINY, "full": FULL, "diff-instruct": DIFF_INSTRUCT}
 NETWORKS = {"digits": dict(img_resolution=8, img_channels=1, label_dim=10, model_channels=32,
                            channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,)),
             "imagenet": dict(img_resolution=64, img_channels=3, label_dim=1000)}
@@ -74,21 +58,25 @@ OF_TEACHER = ("images", "teacher", "teacher_steps", "teacher_lr")
 OF_PATH = (*OF_TEACHER, "start", "start_sigma")
 
 
-def make(preset: str = "tiny", seed: int = 0, device: torch.device | str = "cpu",
-         **changes: int | float | str) -> disback.Problem:
-    """ImageNet-64, or the digits, as the stages see them; `changes` are fields of the preset.
+def make(config: Config, seed: int = 0,
+         device: torch.device | str = "cpu") -> interface.Problem:
+    """ImageNet-64, or the digits, as the stages see them.
 
     The first call trains or downloads the teacher and keeps it; no seed of the student's changes
     it. Labels are uniformly random: no stage sees an image of the data."""
-    config = replace(PRESETS[preset], **changes)
-    if config.images != PRESETS[preset].images:
-        raise disback.Refusal(f"--images is fixed by --preset {preset}: choose another preset")
     if config.images == "digits":
         # Two threads are 1.7 times faster on an idle machine, and 10 times slower on a busy one,
         # where they wait for each other; and the bits shall not depend on the machine's cores.
         torch.set_num_threads(1)
-    network = NETWORKS[config.images]
     teacher, teacher_sha256 = load_teacher(config)
+    evaluate = Evaluation(config, device) if config.images == "digits" else None
+    return assemble(config, seed, device, teacher, teacher_sha256, evaluate)
+
+
+def assemble(config: Config, seed: int, device: torch.device | str, teacher: edm.Denoiser,
+             teacher_sha256: str, evaluate: "Evaluation | None") -> interface.Problem:
+    """The problem of a teacher."""
+    network = NETWORKS[config.images]
     torch.manual_seed(seed)
     student = copy.deepcopy(teacher) if config.start == "teacher" else edm.Denoiser(**network)
     teacher.bf16 = student.bf16 = config.precision == "bf16"
@@ -105,10 +93,8 @@ def make(preset: str = "tiny", seed: int = 0, device: torch.device | str = "cpu"
     classes = torch.arange(10).repeat(4) * (network["label_dim"] // 10)
     kept_cond = labels(classes, config).to(device)
 
-    evaluate = Evaluation(config, device) if config.images == "digits" else None
-    about = {"problem": "imagenet64", "preset": preset, "seed": seed}
-    about |= {name: getattr(config, name) for name in OF_PATH} | {"teacher_sha256": teacher_sha256}
-    return disback.Problem(
+    about = {name: getattr(config, name) for name in OF_PATH} | {"teacher_sha256": teacher_sha256}
+    return interface.Problem(
         config=config, about=about, teacher=teacher, student=student,
         generate=lambda student, z, cond: generate(student, z, cond, config.start_sigma),
         sample_inputs=sample_inputs,
@@ -200,20 +186,20 @@ def load_teacher(config: Config) -> tuple[edm.Denoiser, str]:
     file = Path(config.teacher)
     if not config.teacher:
         file = digits_teacher(config) if config.images == "digits" else download.fetch(
-            download.TEACHER, download.cached(download.TEACHER.split("/")[-1]))
+            download.TEACHER, files.cached(download.TEACHER.split("/")[-1]))
     weights = file
     if file.suffix == ".pkl":
-        weights = download.cached(f"{file.stem}-{disback.sha256(file)[:16]}.safetensors")
+        weights = files.cached(f"{file.stem}-{files.sha256(file)[:16]}.safetensors")
         if not weights.exists():
             pickles.convert(file, weights)
     net = edm.Denoiser(**NETWORKS[config.images])
     try:
-        disback.load_net(weights, net, "name another --teacher, or another --preset")
+        files.load_net(weights, net, "name another --teacher, or another --preset")
     except disback.Refusal:
         if weights != file:
             weights.unlink(missing_ok=True)  # the conversion of a file that is of no use here
         raise
-    return net, disback.sha256(weights)
+    return net, files.sha256(weights)
 
 
 def digits_teacher(config: Config) -> Path:
@@ -222,12 +208,12 @@ def digits_teacher(config: Config) -> Path:
     source = "".join(map(inspect.getsource, (edm, digits.load, train)))
     depends_on = repr([getattr(config, name) for name in OF_TEACHER]) + source + torch.__version__
     name = hashlib.sha256(depends_on.encode()).hexdigest()[:16]
-    file = download.cached(f"digits-teacher-{name}.safetensors")
+    file = files.cached(f"digits-teacher-{name}.safetensors")
     if not file.exists():
         torch.manual_seed(0)
         net = edm.Denoiser(**NETWORKS["digits"])
         train(net, config)
-        disback.save_tensors(file, net.state_dict())
+        files.save_tensors(file, net.state_dict())
     return file
 
 

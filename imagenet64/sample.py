@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import disback
 from imagenet64 import edm, figures, problem
+from runtime import cli, files, folder, ranks, results
 
 Images = Callable[[range], Iterable[tuple[Tensor, Tensor]]]  # seeds -> uint8 [n, c, h, w], classes
 
@@ -25,7 +26,7 @@ Images = Callable[[range], Iterable[tuple[Tensor, Tensor]]]  # seeds -> uint8 [n
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m imagenet64.sample", description=__doc__,
                                      allow_abbrev=False)
-    parser.error = disback.refuse
+    parser.error = cli.refuse
     add_source(parser)
     parser.add_argument("--images", type=int, default=40, help="how many (40)")
     parser.add_argument("--seed", type=int, default=0, help="of the first image (0)")
@@ -35,22 +36,22 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     file = args.to or default_name(args).with_suffix(".png")
     if file.suffix not in (".png", ".npz"):
-        disback.refuse(f"--to must be a .png or an .npz file, not {file}")
+        cli.refuse(f"--to must be a .png or an .npz file, not {file}")
     if args.images < 1 or not 0 <= args.seed < 2**63 - args.images:
-        disback.refuse("--images must be at least 1, --seed at least 0, and both below 2**63")
-    disback.join_ranks()
-    with disback.first_rank_first():
+        cli.refuse("--images must be at least 1, --seed at least 0, and both below 2**63")
+    ranks.join_ranks()
+    with ranks.first_rank_first():
         sample, _, _ = source(args, args.classes)
     batches = sample(range(args.seed, args.seed + args.images))
     made = list(tqdm(batches, total=-(-args.images // args.batch), unit="batch",
-                     disable=disback.rank() > 0))
+                     disable=ranks.rank() > 0))
     images, classes = (torch.cat(part) for part in zip(*made))
     if file.suffix == ".png":
         write_png(file, images)
     else:
         arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "arr_1": classes.numpy()}
-        disback.atomically(file, lambda beside: save_npz(beside, arrays))
-    if disback.rank() == 0:
+        files.atomically(file, lambda beside: save_npz(beside, arrays))
+    if ranks.rank() == 0:
         print(file)
 
 
@@ -79,14 +80,14 @@ def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
     """
     for name in ("steps", "batch"):
         if (value := getattr(args, name)) is not None and value < 1:
-            disback.refuse(f"--{name} must be at least 1, not {value}")
+            cli.refuse(f"--{name} must be at least 1, not {value}")
     one_step = args.source != "teacher" and args.node is None
     if one_step and args.steps is not None:
-        disback.refuse("--steps is for a --node or the teacher; a student makes one")
+        cli.refuse("--steps is for a --node or the teacher; a student makes one")
     if args.source == "teacher" and args.node is not None:
-        disback.refuse("--node is for a run's path; the teacher needs none")
+        cli.refuse("--node is for a run's path; the teacher needs none")
     steps = 1 if one_step else args.steps or 18
-    device = disback.device()
+    device = ranks.device()
     if args.source == "teacher":
         config = problem.PRESETS[args.preset or "tiny"]
         net, sha256 = problem.load_teacher(config)
@@ -98,16 +99,16 @@ def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
             raise disback.Refusal(f"{file} is not there yet: finish the run by backtrack.py "
                                   "--resume")
         if not one_step:
-            path = disback.Path(Path(args.source) / "path")
+            path = disback.DegradationPath(Path(args.source) / "path")
             if not 0 <= args.node < len(path):
-                disback.refuse(f"--node must be from 0 to {len(path) - 1}, not {args.node}")
+                cli.refuse(f"--node must be from 0 to {len(path) - 1}, not {args.node}")
             file = path.files[args.node]
-        disback.load_net(file, net, "name the run that made it")
-        sha256 = disback.sha256(file)
+        files.load_net(file, net, "name the run that made it")
+        sha256 = files.sha256(file)
     count = problem.NETWORKS[config.images]["label_dim"]
     for wrong in (c for c in classes or () if not 0 <= c < count):
-        disback.refuse(f"--classes must be from 0 to {count - 1}, not {wrong}")
-    net = disback.SplitOverRanks(net.to(device, memory_format=torch.channels_last))
+        cli.refuse(f"--classes must be from 0 to {count - 1}, not {wrong}")
+    net = results.SplitOverRanks(net.to(device, memory_format=torch.channels_last))
 
     @torch.no_grad()
     def images(seeds: range) -> Iterable[tuple[Tensor, Tensor]]:
@@ -125,11 +126,11 @@ def config_of(run: Path, preset: str | None, node: int | None) -> problem.Config
     """The config that a run was made with, from its config.json."""
     stage = "backtrack" if node is None else "degrade"
     file = run / "config.json"
-    stages = disback.load_json(file, "name a run's folder")
-    with disback.blame(f"{run} holds no stage {stage} of imagenet64"):
+    stages = files.load_json(file, "name a run's folder")
+    with files.blame(f"{run} holds no stage {stage} of imagenet64"):
         settings = stages[stage]
-        disback.must_agree(run, settings, {"problem": "imagenet64"})
-        disback.must_agree(run, settings, {"preset": preset or settings["preset"]})
+        folder.must_agree(run, settings, {"problem": "imagenet64"})
+        folder.must_agree(run, settings, {"preset": preset or settings["preset"]})
         return problem.Config(**{field.name: settings[field.name]
                                  for field in dataclasses.fields(problem.Config)})
 
@@ -151,7 +152,7 @@ def write_png(file: Path, images: Tensor) -> None:
     grid = figures.grid(images).numpy()
     enlarge = max(1, 64 // images.shape[-1])
     grid = grid.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
-    disback.atomically(file, lambda beside: plt.imsave(
+    files.atomically(file, lambda beside: plt.imsave(
         beside, grid.repeat(3, axis=2) if grid.shape[2] == 1 else grid, format="png"))
 
 
@@ -161,4 +162,4 @@ def save_npz(file: Path, arrays: dict) -> None:
 
 
 if __name__ == "__main__":
-    disback.run(main)
+    cli.run(main)

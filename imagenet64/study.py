@@ -8,6 +8,7 @@ network evaluations: what stage 1 takes, stage 2 lacks.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import tempfile
@@ -20,10 +21,9 @@ import torch
 import backtrack
 import degrade
 import disback
-from imagenet64 import figures
-from toy2d.figures import DATA, OTHER, STUDENT, plt, read_snapshots, save
-from toy2d.study import appending, quiet, replaced, words
-from toy2d.study_figures import first_reach, readable
+from runtime import cli, files
+from runtime.plots import DATA, OTHER, STUDENT, plt, read_snapshots, readable, save
+from runtime.study import appending, first_reach, quiet, words
 
 FILE = Path(__file__).parent / "study" / "lines.jsonl"
 FIGURE = Path(__file__).parent / "images" / "study.png"
@@ -72,10 +72,10 @@ def execute(run: Run) -> dict:
     """Both stages of a run in a folder that does not stay; its line."""
     (start, arm, seed, rate), began, stage1 = run, time.perf_counter(), 0
     flags = {"seed": seed, "start": start, **BOTH}
-    with tempfile.TemporaryDirectory() as out, quiet(), replaced(figures, "draw", lambda *_: None):
+    with tempfile.TemporaryDirectory() as out, quiet():
         if arm == "DisBack":
             degrade.main(["imagenet64", "--out", out, *words(flags | STAGE1[start])])
-            stage1 = disback.Path(Path(out, "path")).about["network_evals"]
+            stage1 = disback.DegradationPath(Path(out, "path")).about["network_evals"]
         steps = BUDGET[start] - math.ceil(stage1 / (8 * BOTH["batch"]))  # 8 an image and iteration
         every = BUDGET[start] // POINTS if seed in SEEDS else steps  # of a tuning run only the end
         flags |= {"steps": steps, "save_every": steps, "log_every": every}
@@ -93,12 +93,14 @@ def distil(out: Path, flags: dict) -> dict:
     """Stage 2, and how it ended, a divergence being an end as well. "spread" is the deviation of
     a pixel over images of one label: next to none where the student draws one image a label."""
     try:
-        backtrack.main(["imagenet64", "--out", str(out), *words(flags)])
+        args, problem, path = backtrack.prepare(["imagenet64", "--out", str(out), *words(flags)])
+        no_figures = dataclasses.replace(problem, draw=lambda *_: None)
+        backtrack.distil(args, no_figures, path)
     except disback.Refusal as refusal:
         if "try lower learning rates" not in str(refusal):
             raise
         return {"failed": str(refusal).split(";")[0]}
-    metrics = disback.load_json(out / "metrics.json", "")
+    metrics = files.load_json(out / "metrics.json", "")
     labelled = read_snapshots(out)[-1][1]["x0"].unflatten(0, (4, 10))  # ten labels, four times
     return {"final": {"spread": labelled.std(dim=0).mean().item(),
                       **{name: metrics[name] for name in ("frechet", "accuracy", "node")}}}
@@ -114,7 +116,7 @@ def read(file: Path) -> Lines:
     run that was there before."""
     lines = {}
     for number, text in enumerate(file.read_bytes().splitlines(True) if file.exists() else (), 1):
-        with disback.blame(f"{file}, line {number}, is of no use: remove it to repeat its run"):
+        with files.blame(f"{file}, line {number}, is of no use: remove it to repeat its run"):
             line = json.loads(text)
             run = line["start"], line["arm"], line["seed"], line["rate"]
             assert text.endswith(b"\n"), "it was cut off"
@@ -185,7 +187,7 @@ def draw(lines: Lines, file: Path) -> None:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("study.py", description=__doc__, allow_abbrev=False)
-    parser.error = disback.refuse
+    parser.error = cli.refuse
     parser.add_argument("--figures-only", action="store_true", help="draw the lines that are there")
     if not parser.parse_args(argv).figures_only:
         study(FILE)
@@ -198,4 +200,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    disback.run(main)
+    cli.run(main)

@@ -11,6 +11,7 @@ the CPU is compared with itself, in the same lines.
 import argparse
 import contextlib
 import copy
+import dataclasses
 import importlib
 import os
 import shutil
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 import disback
+from runtime import cli, place, ranks
 
 ROOT = Path(__file__).parent.parent
 PROBLEMS = sorted(file.parent.name for file in ROOT.glob("*/problem.py"))
@@ -43,14 +45,15 @@ def losses(name: str, inputs: tuple, device: torch.device | str, precision: str 
     `inputs` are those of `draw`. The fake is the teacher with weights a tenth larger."""
     module = importlib.import_module(f"{name}.problem")
     preset = next(iter(module.PRESETS))
-    made = module.make(preset, 0, device, precision=precision, **fields(SMALL.get(name, [])))
+    made = module.make(dataclasses.replace(
+        module.PRESETS[preset], precision=precision, **fields(SMALL.get(name, []))), 0, device)
     student, target, fake = made.student, made.teacher, copy.deepcopy(made.teacher)
     with torch.no_grad():
         for weight in fake.parameters():
             weight *= 1.1
     flags = argparse.Namespace(shard=False, compile=compiled)
     for net in (student, target, fake):
-        disback.ready(net, flags, made.blocks)
+        place.ready(net, flags, made.blocks)
     z, cond, sigma, sigma_vsd, eps = moved(inputs, device)
     x0 = made.generate(student, z, cond)
     loss, mismatch = disback.vsd_loss(
@@ -67,14 +70,15 @@ def losses(name: str, inputs: tuple, device: torch.device | str, precision: str 
 def draw(name: str, n: int = 4) -> tuple:
     """z, cond, the sigmas of both losses and noise, for n samples, on the CPU; always the same."""
     module = importlib.import_module(f"{name}.problem")
-    made = module.make(next(iter(module.PRESETS)), 0, "cpu", **fields(SMALL.get(name, [])))
+    preset = next(iter(module.PRESETS.values()))
+    made = module.make(dataclasses.replace(preset, **fields(SMALL.get(name, []))))
     torch.manual_seed(0)
     z, cond = made.sample_inputs(n)
     return z, cond, made.sample_sigma(n), made.sample_sigma_vsd(n), torch.randn_like(z)
 
 
 def fields(flags: Sequence[str]) -> dict[str, int]:
-    """Flags as `make` takes them."""
+    """Flags as fields of a config."""
     return {flag[2:].replace("-", "_"): int(value) for flag, value in zip(flags[::2], flags[1::2])}
 
 
@@ -106,7 +110,7 @@ def apart(found: Tensor, expected: Tensor) -> float:
 
 def compare(name: str, report: Callable) -> None:
     """The losses' lines."""
-    device, inputs = disback.device(), draw(name)
+    device, inputs = ranks.device(), draw(name)
     with no_tf32():
         cpu, here = losses(name, inputs, "cpu"), losses(name, inputs, device)
         report(name, "losses in fp32, against a CPU's", apart(here, cpu), FP32)
@@ -130,7 +134,7 @@ def run_stages(name: str, steps: int, report: Callable) -> None:
         said = said or stage(*walk, "--out", out)
         report(name, "backtrack.py in bf16", time.perf_counter() - began, said=said)
         for where in {"this machine": {}, "a CPU": {"CUDA_VISIBLE_DEVICES": ""}}.items():
-            if said or where[1] and disback.device().type == "cpu":
+            if said or where[1] and ranks.device().type == "cpu":
                 continue
             began, again = time.perf_counter(), Path(folder, where[0])
             shutil.copytree(out / "path", again / "path")
@@ -161,15 +165,15 @@ def stop(out: Path, *argv: str, env: dict) -> str:
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("python -m runtime.check", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = disback.refuse
+    parser.error = cli.refuse
     parser.add_argument("problems", nargs="*", default=PROBLEMS, metavar="PROBLEM",
                         help=f"of {', '.join(PROBLEMS)} (default: all)")
     parser.add_argument("--steps", type=int, default=20, help="of either stage (default: 20)")
     args = parser.parse_args(argv)
     if unknown := sorted({*args.problems} - {*PROBLEMS}):
-        disback.refuse(f"there is no problem {unknown[0]}")
+        cli.refuse(f"there is no problem {unknown[0]}")
     if args.steps < 8:
-        disback.refuse(f"--steps must be at least 8, not {args.steps}")
+        cli.refuse(f"--steps must be at least 8, not {args.steps}")
     failed = []
 
     def report(name: str, what: str, seen: float, most: float | None = None,
@@ -192,4 +196,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    disback.run(main)
+    cli.run(main)

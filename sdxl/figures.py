@@ -5,24 +5,21 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file
 from torch import Tensor
 
 import disback
+from runtime import files
+from runtime.plots import plt, read_snapshots, save, switches
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
-
-def draw(out: Path, path: disback.Path | None, compare: Path | None, folder: Path,
+def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None, folder: Path,
          teacher: torch.nn.Module, sample: Callable, prompts: list[str]) -> None:
     """path.png, student.png and mismatch.png in OUT/figures. `sample` draws the latents [n, ...]
     of a network from the noise and `prompts` (n) that the snapshots have; the columns are those."""
     (out / "figures").mkdir(exist_ok=True)
-    with disback.blame(f"the VAE in {folder} is broken: fetch it again"):
+    with files.blame(f"the VAE in {folder} is broken: fetch it again"):
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
     vae.to(next(teacher.parameters()).device)
     rows = []
@@ -51,11 +48,10 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> list:
 
 def moments(out: Path) -> list[tuple[int, int, Tensor]]:
     """(step, node, x0 [n, 4, h, w]) of the first snapshot, those after a switch, and the last."""
-    files = sorted((out / "snapshots").glob("*.safetensors"))
-    kept = [(int(file.stem), load_file(file)) for file in files]
-    nodes = [int(held["node"]) for _, held in kept]
-    return [(step, nodes[i], held["x0"]) for i, (step, held) in enumerate(kept)
-            if i in (0, len(kept) - 1) or nodes[i] != nodes[i - 1]]
+    kept = read_snapshots(out)
+    shown = [kept[0], *switches(kept), kept[-1]]
+    return [(step, int(held["node"]), held["x0"]) for step, held in
+            dict((step, (step, held)) for step, held in shown).values()]
 
 
 def sheet(file: Path, title: str, rows: list[tuple[str, list]], prompts: list[str]) -> None:
@@ -70,7 +66,7 @@ def sheet(file: Path, title: str, rows: list[tuple[str, list]], prompts: list[st
     for axis, prompt in zip(axes[0], prompts):
         axis.set_title("\n".join(textwrap.wrap(prompt, 22)[:4]), fontsize=7)
     figure.suptitle(title, fontsize=10)
-    save(file, figure)
+    save(figure, file)
 
 
 def draw_mismatch(file: Path, runs: list[Path]) -> None:
@@ -80,7 +76,7 @@ def draw_mismatch(file: Path, runs: list[Path]) -> None:
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         axis.plot([line["step"] for line in lines], [line["mismatch"] for line in lines],
                   color=color, marker=".",
-                  label=disback.load_json(run / "metrics.json", "finish the run")["method"])
+                  label=files.load_json(run / "metrics.json", "finish the run")["method"])
         held = moments(run)
         for (_, before, _), (step, node, _) in zip(held, held[1:]):
             if node != before:
@@ -90,9 +86,4 @@ def draw_mismatch(file: Path, runs: list[Path]) -> None:
     axis.title.set_fontsize(10)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend()
-    save(file, figure)
-
-
-def save(file: Path, figure: plt.Figure) -> None:
-    disback.atomically(file, lambda beside: figure.savefig(beside, format="png", dpi=130))
-    plt.close(figure)
+    save(figure, file)

@@ -36,7 +36,7 @@ def table(unet_config: dict, config: Any, side: int) -> str:
     whole, trained = 4e-9 * count, 4e-9 * (adapter_parameters(unet, config.rank) or count)
     bf16 = whole / 2 if config.precision == "bf16" else 0.0
     rows = [("weights that are trained: teacher, student, ...", 3 * trained, 3 * trained),
-            ("moving average of the student", 0.0, trained if config.ema > 0 else 0.0),
+            ("moving average of the student", 0.0, trained),
             ("AdamW: two moments of what is trained", 2 * trained, 4 * trained),
             ("gradients, of one network at a time", trained, trained),
             ("frozen weights" if config.rank else "copies in bf16 that autocast makes",

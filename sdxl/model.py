@@ -1,7 +1,6 @@
 """SDXL's UNet as a denoiser, and its files: a local folder of diffusers' layout, or the hub's."""
 
 import copy
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import disback
+from runtime import files, place
 from sdxl import tiny
 
 # What is read of a pipeline's folder; the rest of the hub's (fp16, ONNX, Flax) is left there.
@@ -85,31 +85,26 @@ def guide(net: Callable, x: Tensor, sigma: Tensor, cond: dict[str, Tensor],
     return without + scale * (given - without)
 
 
-def cache_folder() -> Path:
-    """Where the tiny pipeline and the prompts' embeddings are kept."""
-    return Path(os.environ.get("DISBACK_CACHE", Path.home() / ".cache" / "disback"))
-
-
 def find(model: str, cache: Path, flag: str = "--model") -> Path:
     """The folder of `model`: the tiny pipeline's where it is empty, itself where it is a folder,
     and what the hub has under that name, fetched on first use, where it is not. Refuses, naming the
     `flag` that takes another, what lacks a file or has a broken one."""
     folder = Path(model) if model else tiny.folder(cache)
     if model and not folder.is_dir():
-        with disback.blame(f"model {model} is no folder here and was not to be had from the hub: "
+        with files.blame(f"model {model} is no folder here and was not to be had from the hub: "
                            f"where there is a network, fetch {', '.join(FILES)}, tokenizer/* and "
                            f"tokenizer_2/*, and name their folder by {flag}"):
             folder = Path(snapshot_download(model, allow_patterns=[*FILES, "tokenizer*/*"]))
     missing = [name for name in FILES if not (folder / name).is_file()]
     for name in ("tokenizer", "tokenizer_2"):  # transformers 5 writes the one file, the hub has two
-        files = (folder / name / file for file in ("vocab.json", "merges.txt"))
+        words = (folder / name / file for file in ("vocab.json", "merges.txt"))
         if not (folder / name / "tokenizer.json").is_file():
-            missing += [str(file.relative_to(folder)) for file in files if not file.is_file()]
+            missing += [str(file.relative_to(folder)) for file in words if not file.is_file()]
     if missing:
         raise disback.Refusal(f"{folder} lacks {', '.join(missing)}: {flag} takes the folder of "
                               "an SDXL pipeline in diffusers' layout")
     for name in WEIGHTS:
-        with disback.blame(f"{folder / name} is broken: fetch it again"), safe_open(
+        with files.blame(f"{folder / name} is broken: fetch it again"), safe_open(
                 folder / name, "pt"):
             pass
     vae_scale(folder)
@@ -119,15 +114,15 @@ def find(model: str, cache: Path, flag: str = "--model") -> Path:
 def vae_scale(folder: Path) -> int:
     """Pixels, across, of an image for each of its latents."""
     file = folder / "vae" / "config.json"
-    with disback.blame(f"{file} is no VAE's: fetch it again"):
-        return 2 ** (len(disback.load_json(file, "fetch it again")["block_out_channels"]) - 1)
+    with files.blame(f"{file} is no VAE's: fetch it again"):
+        return 2 ** (len(files.load_json(file, "fetch it again")["block_out_channels"]) - 1)
 
 
 def load(folder: Path) -> tuple[UNet2DConditionModel, Tensor]:
     """The UNet in float32, and sigma [1000] of its timesteps, ascending. Refuses what is not SDXL,
     does not predict eps, or has another kind of noise schedule."""
-    kind = disback.load_json(folder / "model_index.json", "it is no pipeline").get("_class_name")
-    config = disback.load_json(folder / "unet" / "config.json", "it is no UNet's config")
+    kind = files.load_json(folder / "model_index.json", "it is no pipeline").get("_class_name")
+    config = files.load_json(folder / "unet" / "config.json", "it is no UNet's config")
     added = config.get("addition_embed_type")
     if kind != "StableDiffusionXLPipeline" or added != "text_time":
         raise disback.Refusal(f"{folder} is not SDXL but {kind} (addition_embed_type {added}): "
@@ -140,12 +135,12 @@ def load_sigmas(folder: Path) -> Tensor:
     """Sigma [1000] of the timesteps, ascending, from the scheduler's config; Refusal where that
     leaves something to diffusers' defaults, or has other than 1000 finite ones."""
     file = folder / "scheduler" / "scheduler_config.json"
-    config = disback.load_json(file, "it is no scheduler's config")
+    config = files.load_json(file, "it is no scheduler's config")
     other = f"{file} has another noise schedule than SDXL's kind: name an SDXL base by --model"
     lacking = {"beta_start", "beta_end", "beta_schedule"} - config.keys()
     if lacking or str(config.get("_class_name")).startswith("EDM"):
         raise disback.Refusal(f"{other} ({config.get('_class_name')}, without {sorted(lacking)})")
-    with disback.blame(other):
+    with files.blame(other):
         scheduler = DDPMScheduler.from_config(config)
     if scheduler.config.prediction_type != "epsilon":
         raise disback.Refusal(f"{folder} predicts {scheduler.config.prediction_type}; only epsilon "
@@ -160,7 +155,7 @@ def load_sigmas(folder: Path) -> Tensor:
 def load_unet(config: dict, file: Path) -> UNet2DConditionModel:
     """A UNet in float32 of exactly the weights in `file`, which may be Denoiser's; of a safetensors
     file no second copy is made. Nothing is unpickled but tensors."""
-    with disback.blame(f"{file} does not hold this UNet: fetch it again, or name its own base"):
+    with files.blame(f"{file} does not hold this UNet: fetch it again, or name its own base"):
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(config)
         state = (load_file(file) if file.suffix == ".safetensors"
@@ -189,7 +184,7 @@ def adapt(unet: UNet2DConditionModel, rank: int) -> UNet2DConditionModel:
 def merged(config: dict, base: Path, adapters: Path, rank: int) -> UNet2DConditionModel:
     """A plain UNet of the weights in `base` with the adapters in `adapters` added."""
     unet = adapt(load_unet(config, base), rank)
-    disback.load_net(adapters, Denoiser(unet, torch.ones(1), 0))
+    files.load_net(adapters, Denoiser(unet, torch.ones(1), 0))
     unet.fuse_lora()
     unet.unload_lora()
     return unet
@@ -208,13 +203,13 @@ def add_difference(file: Path, net: nn.Module) -> None:
     """Copy the teacher, node 0, over the weights of `net`, and add the difference in `file` where
     that is a later node: in place, tensor by tensor as the mapped files are read."""
     teacher = file.with_name("00.safetensors")
-    disback.load_net(teacher, net)
+    files.load_net(teacher, net)
     if file == teacher:
         return
-    with disback.blame(f"{file} does not hold this network: record the path again"):
+    with files.blame(f"{file} does not hold this network: record the path again"):
         added = load_file(file)
         for name, weight in net.state_dict().items():
             change = added.pop(MINUS_TEACHER + name).to(weight.device, weight.dtype)
-            weight += disback.sharded_like(change, weight)
+            weight += place.sharded_like(change, weight)
         if added:
             raise KeyError(*added)

@@ -9,65 +9,57 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 import disback
+from runtime import files, interface, ranks
+from runtime.interface import setting
 from sdxl import figures, generate, memory, model, text, tiny
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Every field is a flag. DMD2 names the SDXL recipe whose values the official DisBack has too.
-    The defaults are the preset tiny's: a random network, whose values mean nothing."""
+class Config(interface.Config):
+    """The settings that SDXL has beside those of every problem. DMD2 names the SDXL recipe whose
+    values the official DisBack has too."""
 
-    degrade_steps: int = 40  # training steps of this stage
-    backtrack_steps: int = 20  # iterations: an update of the student, then the fake's
-    batch: int = 2  # images in a batch
-    nodes: int = 4  # N, the nodes that are recorded after the teacher
-    spacing: Literal["arc", "linear", "log"] = "arc"  # where nodes are recorded, see Recorder
-    interval: int = 4  # iterations that the target stays at a node
-    switch: Literal["interval", "adaptive"] = "interval"  # when the target moves on, see Walk
-    weighting: Literal["score", "eps", "x0", "dmd"] = "dmd"  # w(sigma) of Eq. 8; DMD2's
-    lr_student: float = 1e-3  # learning rate of the student
-    lr_fake: float = 1e-3  # learning rate of the fake
-    lr_degrade: float = 1e-3  # learning rate of the degrading teacher
-    fake_updates: int = 5  # updates of the fake after each of the student, as DMD2
-    beta1: float = 0.9  # of Adam, as DMD2
-    beta2: float = 0.999  # of Adam, likewise
-    weight_decay: float = 0.01  # of AdamW, likewise
-    decay: Literal["cosine", "constant"] = "constant"  # of the learning rates, likewise
-    ema: float = 0.9  # decay of the student's moving average; 0 keeps none
-    save_every: int = 10  # iterations between checkpoints
-    log_every: int = 2  # iterations between lines of log.jsonl
-
-    model: str = ""  # folder or hub's name of an SDXL base pipeline; empty: a tiny random one
-    prompts: str = ""  # text file, a prompt a line; empty: the 200 of sdxl/prompts.txt
-    size: int = 32  # width and height of the images, pixels
-    timestep: int = 399  # of the teacher, at which the student makes its one step, as DMD2
-    guidance: float = 8.0  # scale of the target's classifier-free guidance, as DMD2
-    t_min: int = 20  # least timestep of the student's update, as DMD2; the fake's are 0 to 999
-    t_max: int = 980  # its largest timestep
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks' arithmetic; weights are fp32
-    store: Literal["whole", "bf16"] = "bf16"  # a node's weights, or their difference to the teacher
-    clip: float = 10.0  # largest norm of a gradient, as DMD2
-    rank: int = 0  # of the LoRA adapters that are trained, through peft; 0: all weights are trained
-    checkpointing: Literal["no", "yes"] = "no"  # compute activations twice to store them less
+    model: str = setting(
+        "", "folder or hub's name of an SDXL base pipeline; empty: a tiny random one")
+    prompts: str = setting(
+        "", "text file, a prompt a line; empty: the 200 of sdxl/prompts.txt")
+    size: int = setting(32, "width and height of the images, pixels")
+    timestep: int = setting(
+        399, "of the teacher, at which the student makes its one step, as DMD2")
+    guidance: float = setting(8.0, "scale of the target's classifier-free guidance, as DMD2")
+    t_min: int = setting(
+        20, "least timestep of the student's update, as DMD2; the fake's are 0 to 999", zero=True)
+    t_max: int = setting(980, "its largest timestep")
+    store: Literal["whole", "bf16"] = setting(
+        "bf16", "a node's weights, or their difference to the teacher")
+    clip: float = setting(10.0, "largest norm of a gradient, as DMD2")
+    rank: int = setting(0, "of the LoRA adapters that are trained, through peft; 0: all weights "
+                        "are trained", zero=True)
+    checkpointing: Literal["no", "yes"] = setting(
+        "no", "compute activations twice to store them less")
 
     def __post_init__(self) -> None:
-        disback.check_config(self)
+        super().__post_init__()
         if self.switch == "adaptive":
-            raise disback.Refusal("switch must be interval: adaptive compares distances between "
+            raise disback.Refusal("--switch must be interval: adaptive compares distances between "
                                   "networks that are not guided, and here the target is")
         if self.size % 8:
-            raise disback.Refusal(f"size must be divisible by 8, not {self.size}")
+            raise disback.Refusal(f"--size must be divisible by 8, not {self.size}")
         if not self.t_min < self.t_max < 1000 or self.timestep >= 1000:
-            raise disback.Refusal(f"timestep {self.timestep}, t_min {self.t_min} and t_max "
-                                  f"{self.t_max} must be below 1000, t_min below t_max")
+            raise disback.Refusal(f"--timestep {self.timestep}, --t-min {self.t_min} and --t-max "
+                                  f"{self.t_max} must be below 1000, --t-min below --t-max")
 
 
-TINY = Config()
+# The rates mean nothing on a random network; updates, Adam and weighting are DMD2's.
+TINY = Config(degrade_steps=40, backtrack_steps=20, batch=2, nodes=4, interval=4, weighting="dmd",
+              lr_student=1e-3, lr_fake=1e-3, lr_degrade=1e-3, fake_updates=5, beta1=0.9,
+              weight_decay=0.01, decay="constant", ema=0.9, save_every=10, log_every=2)
 FULL = replace(
     TINY, model="stabilityai/stable-diffusion-xl-base-1.0", size=1024, batch=4,
     degrade_steps=1000, backtrack_steps=20_000, nodes=8, interval=1000, lr_student=5e-7,
@@ -79,61 +71,68 @@ OF_PATH = ("size", "timestep", "rank", "store")
 SHOWN = 6  # pictures that are kept at every checkpoint and switch
 
 
-def make(preset: str = "tiny", seed: int = 0, device: torch.device | str = "cpu",
-         **changes: int | float | str) -> disback.Problem:
-    """SDXL as the stages see it; `changes` are fields of the preset's config.
+def make(config: Config, seed: int = 0,
+         device: torch.device | str = "cpu") -> interface.Problem:
+    """SDXL as the stages see it.
 
     The prompts' embeddings are cached on first use; the model is found by `sdxl.model.find`.
     """
-    config = replace(PRESETS[preset], **changes)
-    if not config.model:
-        torch.set_num_threads(1)  # at this size threads cost more than they give
     prompts = text.read_prompts(config.prompts or text.SHIPPED)
-    cache = model.cache_folder()
+    cache = files.cached("")
     folder = model.find(config.model, cache)
     bank = text.embed(folder, prompts, cache, device)
-    teacher, sigmas = load_teacher(config, folder, device)
-    side = config.size // model.vae_scale(folder)
-    step = partial(one_step, sigma=sigmas[config.timestep])
-    sample_inputs = partial(draw_inputs, bank=bank, shape=(4, side, side))
-    guide = partial(model.guide, scale=config.guidance)
-    torch.manual_seed(seed)  # the snapshots' noise and prompts, which the figures use as well
-    shown = sample_inputs(SHOWN)
+    teacher, sigmas = as_denoiser(*model.load(folder), config, device)
+    made = assemble(config, seed, device, teacher, sigmas, bank,
+                    config.size // model.vae_scale(folder))
+    shown = made.snapshot()
 
-    def draw(out: Path, path: disback.Path | None, compare: Path | None) -> None:
+    def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None) -> None:
         local = config.model and folder == Path(config.model)  # whoever serves is elsewhere
-        if disback.rank() == 0:
+        if ranks.rank() == 0:
             generate.export(out, folder, config.rank, timestep=config.timestep, size=config.size,
                             base=str(folder.absolute()) if local else config.model)
-        disback.barrier()
+        ranks.barrier()
         figures.draw(out, path, compare, folder, teacher,
-                     lambda net: sample(partial(guide, net), *shown, sigmas),
+                     lambda net: sample(partial(made.guide, net), *shown, sigmas),
                      [prompts[i] for i in shown[1]["prompt"]])
 
-    about = {"problem": "sdxl", "preset": preset, "seed": seed}
-    about |= {name: getattr(config, name) for name in OF_PATH}
+    hashes = [files.sha256(folder / name) for name in model.FILES]
+    about = made.about | {
+        "model_sha256": hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
+    return replace(made, about=about, draw=draw)
+
+
+def assemble(config: Config, seed: int, device: torch.device | str, teacher: model.Denoiser,
+             sigmas: Tensor, bank: dict[str, Tensor], side: int) -> interface.Problem:
+    """The problem of a teacher and the prompts' embeddings, but for its figures; latents have
+    `side` x `side` pixels."""
+    if not config.model:
+        torch.set_num_threads(1)  # at this size threads cost more than they give
+    step = partial(one_step, sigma=sigmas[config.timestep])
+    sample_inputs = partial(draw_inputs, bank=bank, shape=(4, side, side))
+    torch.manual_seed(seed)  # the snapshots' noise and prompts, which the figures use as well
+    shown = sample_inputs(SHOWN)
     halved = config.store == "bf16"
-    files = [disback.sha256(folder / name) for name in model.FILES]
-    about |= {"model_sha256": hashlib.sha256("".join(files).encode()).hexdigest(),
-              "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
-    return disback.Problem(
-        config=config, about=about, teacher=teacher, student=copy.deepcopy(teacher),
-        generate=step, sample_inputs=sample_inputs,
+    return interface.Problem(
+        config=config, about={name: getattr(config, name) for name in OF_PATH},
+        teacher=teacher, student=copy.deepcopy(teacher), generate=step,
+        sample_inputs=sample_inputs,
         sample_sigma=lambda n: sigmas[torch.randint(1000, (n, 1, 1, 1), device=device)],
         sample_sigma_vsd=lambda n: sigmas[
             torch.randint(config.t_min, config.t_max + 1, (n, 1, 1, 1), device=device)],
         score_weight=lambda sigma: sigma**-2,  # makes it the mean of |eps_hat - eps|^2
-        evaluate=lambda student: evaluate(student, step, shown), draw=draw, snapshot=lambda: shown,
-        guide=guide, guide_evals=2, clip=config.clip, disk=memory.path_bytes(teacher, config),
-        pack=(lambda net: model.difference(net, teacher)) if halved else None,
-        unpack=model.add_difference if halved else None,
+        evaluate=lambda student: evaluate(student, step, shown), snapshot=lambda: shown,
+        draw=lambda *_: None, guide=partial(model.guide, scale=config.guidance), guide_evals=2,
+        clip=config.clip, disk=memory.path_bytes(teacher, config),
+        pack=(lambda net: model.difference(net, teacher)) if halved else nn.Module.state_dict,
+        load_node=model.add_difference if halved else None,
         blocks=(BasicTransformerBlock, ResnetBlock2D))
 
 
-def load_teacher(config: Config, folder: Path,
-                 device: torch.device | str) -> tuple[model.Denoiser, Tensor]:
-    """The denoiser, with LoRA's adapters where there is a rank, and the sigmas [1000]."""
-    unet, sigmas = model.load(folder)
+def as_denoiser(unet: UNet2DConditionModel, sigmas: Tensor, config: Config,
+                device: torch.device | str) -> tuple[model.Denoiser, Tensor]:
+    """The denoiser, with LoRA's adapters where there is a rank, and the sigmas [1000], in place."""
     bf16 = config.precision == "bf16"
     if config.rank:  # what is frozen needs no more bits than it is computed with
         unet = model.adapt(unet.bfloat16() if bf16 else unet, config.rank)
@@ -142,14 +141,13 @@ def load_teacher(config: Config, folder: Path,
     return model.Denoiser(unet, sigmas, config.size, bf16).to(device), sigmas.to(device)
 
 
-def dry_run(preset: str = "tiny", **changes: int | float | str) -> str:
+def dry_run(config: Config) -> str:
     """The table of memory and disk that a run would take; nothing is fetched or allocated."""
-    config = replace(PRESETS[preset], **changes)
     file, note = Path(config.model, "unet", "config.json"), ""
     if not config.model:
         unet, scale = dict(tiny.unet().config), 2
     elif file.is_file():
-        unet, scale = disback.load_json(file, "no UNet"), model.vae_scale(Path(config.model))
+        unet, scale = files.load_json(file, "no UNet"), model.vae_scale(Path(config.model))
     else:
         unet, scale = memory.BASE, 8
         if config.model != FULL.model:

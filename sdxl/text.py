@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 import disback
+from runtime import files
 
 SHIPPED = Path(__file__).with_name("prompts.txt")
 
@@ -36,21 +37,21 @@ def embed(folder: Path, prompts: list[str], cache: Path,
     """text [prompts, 77, c] and pooled [prompts, p] on `device`, as diffusers' encode_prompt has
     them; from the cache where these prompts were embedded by these encoders before."""
     parts = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
-    files = sorted(file for part in parts for file in (folder / part).iterdir()
+    read = sorted(file for part in parts for file in (folder / part).iterdir()
                    if file.is_file() and "fp16" not in file.name)
-    depends_on = repr([prompts, [(str(f.relative_to(folder)), disback.sha256(f)) for f in files]])
+    depends_on = repr([prompts, [(str(f.relative_to(folder)), files.sha256(f)) for f in read]])
     name = hashlib.sha256(depends_on.encode()).hexdigest()[:16]
     file = cache / f"sdxl-text-{name}.safetensors"
     if not file.exists():
-        disback.save_tensors(file, encode(folder, prompts, device))
-    with disback.blame(f"{file} is broken: remove it"):
+        files.save_tensors(file, encode(folder, prompts, device))
+    with files.blame(f"{file} is broken: remove it"):
         return {name: tensor.to(device) for name, tensor in load_file(file).items()}
 
 
 @torch.no_grad()
 def encode(folder: Path, prompts: list[str], device: torch.device | str) -> dict[str, Tensor]:
     """Both text encoders on all prompts; says how many are longer than they read."""
-    with disback.blame(f"text encoders or tokenizers in {folder} are broken: fetch them again"):
+    with files.blame(f"text encoders or tokenizers in {folder} are broken: fetch them again"):
         pipe = StableDiffusionXLPipeline.from_pretrained(folder, unet=None, vae=None).to(device)
     note_long(prompts, pipe.tokenizer)
     parts = [pipe.encode_prompt(prompts[i:i + 16], do_classifier_free_guidance=False)

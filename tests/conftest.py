@@ -1,8 +1,10 @@
+import dataclasses
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -31,6 +33,47 @@ def recorded(tmp_path_factory):
     out = tmp_path_factory.mktemp("recorded")
     degrade.main(["toy2d", "--out", str(out), *DEGRADE])
     return out
+
+
+def make(problem, preset=None, seed=0, device="cpu", **changes):
+    """A problem as its module makes it, of a preset, the first one by default, and changes."""
+    config = problem.PRESETS[preset] if preset else next(iter(problem.PRESETS.values()))
+    return problem.make(dataclasses.replace(config, **changes), seed, device)
+
+
+@pytest.fixture
+def before_updates():
+    """before_updates(f) lets f(optimizer) come before every step of any optimizer."""
+    handles = []
+
+    def register(function):
+        handles.append(register_optimizer_step_pre_hook(lambda adam, *_: function(adam)))
+        return handles[-1]
+
+    yield register
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.fixture
+def cut_off(before_updates):
+    """cut_off(n, main, argv): run a stage, and interrupt it in the place of its n-th update."""
+
+    def run(n, main, argv):
+        left = n
+
+        def cut(_):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+
+        handle = before_updates(cut)
+        with pytest.raises(KeyboardInterrupt):
+            main([str(word) for word in argv])
+        handle.remove()
+
+    return run
 
 
 @pytest.fixture

@@ -1,10 +1,7 @@
 """The benchmarks: what they count is right, and they need neither a file nor the network."""
 
 import functools
-import gc
 import sys
-import time
-import weakref
 
 import pytest
 import torch
@@ -13,12 +10,13 @@ from conftest import SMALL
 import disback
 from imagenet64 import bench as imagenet64_bench
 from imagenet64 import problem as imagenet64
+from runtime import bench, cli
 from sdxl import bench as sdxl_bench
 from sdxl import memory, tiny
-from toy2d import bench
+from toy2d import bench as toy_bench
 
-RANDOM = {"toy2d": bench.RANDOM, "imagenet64": imagenet64_bench.RANDOM, "sdxl": sdxl_bench.RANDOM}
-TOY = ["toy2d", "--no-compile", *SMALL]
+BENCHES = {"toy2d": toy_bench.BENCH, "imagenet64": imagenet64_bench.BENCH, "sdxl": sdxl_bench.BENCH}
+TOY = ["--no-compile", *SMALL]
 FULL = ["--preset", "full", "--batch", "1", "--no-compile"]
 PARTS = {"student: forward and backward": 60, "fake: forward": 20,
          "target: forward, guided if so": 20, "fake: forwards and backwards": 50,
@@ -35,14 +33,6 @@ def no_cache(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def random(request):
-    """Makes the teachers random, as the benchmarks do."""
-    for patch in sum(RANDOM.values(), []):
-        patch.start()
-        request.addfinalizer(patch.stop)
-
-
-@pytest.fixture
 def small_full(monkeypatch):
     """The full presets, bf16 and all, on networks small enough for the tests."""
     small = imagenet64.NETWORKS["digits"] | dict(img_channels=3, label_dim=1000)
@@ -52,23 +42,23 @@ def small_full(monkeypatch):
 
 def table(capsys, name, *argv):
     """The two lines that a benchmark prints first, and the numbers below by the rows' names."""
-    bench.main(name, RANDOM[name], 1, argv)
+    bench.main(BENCHES[name], 1, argv)
     first, second, *rows = capsys.readouterr().out.replace(",", "").splitlines()
     rows = [row for row in rows if "is the least" not in row]  # of further updates of the fake
     return first, second, {row[:40].strip(): [row[i:i + 12].strip() for i in range(
         40, len(row), 12)] for row in rows}
 
 
-@pytest.mark.parametrize("argv, evals", [
-    ([*TOY, "--fake-updates", "1", "--batch", "3"], 8),
-    ([*TOY, "--fake-updates", "5", "--batch", "3"], 24),
-    (["sdxl", "--no-compile", "--fake-updates", "2", "--batch", "2"], 13)])
-def test_an_iteration_costs_the_bound(random, argv, evals):
-    spent, least, _ = bench.evaluations(argv)
+@pytest.mark.parametrize("name, argv, evals", [
+    ("toy2d", [*TOY, "--fake-updates", "1", "--batch", "3"], 8),
+    ("toy2d", [*TOY, "--fake-updates", "5", "--batch", "3"], 24),
+    ("sdxl", ["--no-compile", "--fake-updates", "2", "--batch", "2"], 13)])
+def test_an_iteration_costs_the_bound(name, argv, evals):
+    spent, least, _ = bench.evaluations(BENCHES[name], argv)
     assert spent == least == evals
 
 
-def test_a_forward_more_is_counted(random, monkeypatch):
+def test_a_forward_more_is_counted(monkeypatch):
     vsd_loss = disback.vsd_loss
 
     def wasteful(x0, sigma, fake, target, cond, *rest):
@@ -76,16 +66,17 @@ def test_a_forward_more_is_counted(random, monkeypatch):
         return vsd_loss(x0, sigma, fake, target, cond, *rest)
 
     monkeypatch.setattr(disback, "vsd_loss", wasteful)
-    spent, least, _ = bench.evaluations([*TOY, "--batch", "3"])
+    spent, least, _ = bench.evaluations(toy_bench.BENCH, [*TOY, "--batch", "3"])
     assert spent == 8 + 3 and least == 8
 
 
-def test_the_flops_of_an_mlp_are_two_a_weight(random):
-    _, _, flops = bench.evaluations([*TOY, "--batch", "3", "--width", "16", "--depth", "2"])
+def test_the_flops_of_an_mlp_are_two_a_weight():
+    argv = [*TOY, "--batch", "3", "--width", "16", "--depth", "2"]
+    _, _, flops = bench.evaluations(toy_bench.BENCH, argv)
     assert flops == 2 * (10 * 16 + 16 * 16 + 16 * 2)
 
 
-def test_the_flops_of_the_digits_network_are_those_of_its_layers_and_its_attention(random):
+def test_the_flops_of_the_digits_network_are_those_of_its_layers_and_its_attention():
     expected = []
 
     def layer(layer, args, out):  # two for each weight of an output's row, at each output
@@ -94,7 +85,7 @@ def test_the_flops_of_the_digits_network_are_those_of_its_layers_and_its_attenti
     def block(block, args, out):  # queries by keys, and those by values
         expected.append(4 * out[0].numel() * out[0, 0].numel() if block.heads else 0)
 
-    net, _ = imagenet64_bench.random_teacher(imagenet64.Config())
+    net = imagenet64_bench.random_teacher(imagenet64.TINY)
     for module in net.modules():
         if hasattr(module, "heads"):
             module.register_forward_hook(block)
@@ -102,7 +93,7 @@ def test_the_flops_of_the_digits_network_are_those_of_its_layers_and_its_attenti
             module.register_forward_hook(layer)
     with torch.no_grad():
         net(torch.randn(1, 1, 8, 8), torch.ones(1), torch.zeros(1, 10))
-    _, _, flops = bench.evaluations(["imagenet64", "--no-compile", "--batch", "2"])
+    _, _, flops = bench.evaluations(imagenet64_bench.BENCH, ["--no-compile", "--batch", "2"])
     assert flops == sum(expected)
 
 
@@ -121,8 +112,8 @@ def test_the_table_has_every_row_for_every_batch_size(capsys):
     assert all(float(number) > 0 for numbers in rows.values() for number in numbers)
 
 
-def test_the_parts_are_taken_as_often_as_an_iteration_has_them(random, monkeypatch):
-    _, made = bench.make([*TOY, "--batch", "6", "--fake-updates", "3"])
+def test_the_parts_are_taken_as_often_as_an_iteration_has_them(monkeypatch):
+    _, made = toy_bench.BENCH.problem([*TOY, "--batch", "6", "--fake-updates", "3"])
     seen = set()
     made.teacher.register_forward_hook(lambda net, args, x0: seen.add(len(x0)))
     monkeypatch.setattr(bench, "milliseconds", lambda work, repeats: [work()] and 1)
@@ -130,20 +121,12 @@ def test_the_parts_are_taken_as_often_as_an_iteration_has_them(random, monkeypat
     assert dict(zip(PARTS, (2, 2, 2, 6, 4, 4))) == parts and seen == {3}
 
 
-def test_the_stage_leaves_no_network_in_memory(random):
-    left = []
-    bench.stage([*TOY, "--batch", "4"], 1, 1, time.perf_counter,
-                lambda made: left.extend(map(weakref.ref, (made.teacher, made.student))))
-    gc.collect()
-    assert len(left) == 2 and not any(ref() for ref in left)
-
-
-def test_the_rates_follow_from_the_times(random, monkeypatch):
-    monkeypatch.setattr(bench, "stage", lambda *args: [9.0, 3.0, 2.0, 2.5])  # s of 10
+def test_the_rates_follow_from_the_times(monkeypatch):
+    monkeypatch.setattr(bench, "rounds", lambda *args: [9.0, 3.0, 2.0, 2.5])  # s of 10
     monkeypatch.setattr(bench, "alone", lambda made, shares, *_: PARTS if shares == 2 else {})
     monkeypatch.setattr(bench, "device", lambda: "NVIDIA H200")
-    argv = ["imagenet64", "--batch", "50", "--accumulate", "2", "--precision", "bf16"]
-    row = bench.column(argv, evals=16, flops=99e9, every=10)
+    argv = ["--batch", "50", "--accumulate", "2", "--precision", "bf16"]
+    row = bench.column(imagenet64_bench.BENCH, argv, evals=16, flops=99e9, every=10)
     assert row["an iteration, ms"] == "200.000" and row["images a second"] == "250"
     assert row["the first iterations take longer by, s"] == "7.0"
     assert row["all forwards and backwards, ms"] == "160.000" and row["the rest, ms"] == "25.000"
@@ -163,19 +146,19 @@ def test_the_full_presets_need_no_file_and_write_none(capsys, small_full, monkey
 
 
 @pytest.mark.parametrize("argv, side", [([], 16), (FULL, 128)])
-def test_the_latents_and_the_noise_levels_are_sdxls(random, small_full, argv, side):
-    _, made = bench.make(["sdxl", *argv])
+def test_the_latents_and_the_noise_levels_are_sdxls(small_full, argv, side):
+    _, made = sdxl_bench.BENCH.problem(argv)
     assert made.sample_inputs(1)[0].shape == (1, 4, side, side)
-    assert sdxl_bench.load(sdxl_bench.TINY)[1][399].item() == pytest.approx(1.16057, abs=1e-5)
+    assert sdxl_bench.noise_levels()[399].item() == pytest.approx(1.16057, abs=1e-5)
 
 
-def test_no_weight_of_the_adm_starts_at_zero(random):
-    net, _ = imagenet64_bench.random_teacher(imagenet64.Config())
+def test_no_weight_of_the_adm_starts_at_zero():
+    net = imagenet64_bench.random_teacher(imagenet64.TINY)
     assert all(weight.any() for weight in net.parameters())
 
 
 def test_a_batch_that_is_too_large_leaves_the_others_their_columns(capsys, monkeypatch):
-    def small_card(argv, *rest):
+    def small_card(_, argv, *rest):
         if argv[-2] == "9":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return {"batch": argv[-2], "TFLOP/s": "300", "peak memory, GB": "70.00"}
@@ -186,14 +169,14 @@ def test_a_batch_that_is_too_large_leaves_the_others_their_columns(capsys, monke
                     "peak memory GB": ["too large", "70.00"]}
 
 
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("name", BENCHES)
 @pytest.mark.parametrize("argv, cause", [
     (["--batch", "0"], "batch"), (["--batch", "8", "many"], "many"),
     (["--iterations", "0"], "--iterations"), (["--bath", "8"], "--bath")])
 def test_a_mistake_ends_it_in_one_line(capsys, monkeypatch, name, argv, cause):
     monkeypatch.setattr(sys, "argv", ["bench.py", *argv])
     with pytest.raises(SystemExit) as ended:
-        disback.run(functools.partial(bench.main, name, RANDOM[name], 1))
+        cli.run(functools.partial(bench.main, BENCHES[name], 1))
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and cause in line
@@ -201,19 +184,19 @@ def test_a_mistake_ends_it_in_one_line(capsys, monkeypatch, name, argv, cause):
 
 def test_the_stage_is_compiled_where_it_is_asked_for_and_never_while_it_is_counted(monkeypatch):
     seen = []
-    monkeypatch.setattr(bench, "evaluations", lambda argv: seen.append(argv) or (8, 8, 1))
-    monkeypatch.setattr(bench, "column", lambda argv, *_: seen.append(argv) or {})
-    bench.main("toy2d", [], 1, ["--compile"])
-    assert seen == [["toy2d", "--batch", "1", "--no-compile"], ["toy2d", "--compile"]]
+    monkeypatch.setattr(bench, "evaluations", lambda _, argv: seen.append(argv) or (8, 8, 1))
+    monkeypatch.setattr(bench, "column", lambda _, argv, *__: seen.append(argv) or {})
+    bench.main(toy_bench.BENCH, 1, ["--compile"])
+    assert seen == [["--batch", "1", "--no-compile"], ["--compile"]]
 
 
 def test_the_profile_names_the_longest_operators_of_one_iteration(capsys):
-    bench.main("imagenet64", RANDOM["imagenet64"], 1, ["--no-compile", "--batch", "2", "--profile"])
+    bench.main(imagenet64_bench.BENCH, 1, ["--no-compile", "--batch", "2", "--profile"])
     total, *rows = capsys.readouterr().out.splitlines()
     assert "of which" in total and len(rows) == 15
     spent = [float(row.split("ms")[0].split("%")[1]) for row in rows]
     assert spent == sorted(spent, reverse=True) and spent[-1] > 0
     calls = {row.split()[-1]: int(row.split()[3]) for row in rows}
-    net, _ = imagenet64_bench.random_teacher(imagenet64.Config())
+    net = imagenet64_bench.random_teacher(imagenet64.TINY)
     convolutions = sum(weight.dim() == 4 for weight in net.parameters())
     assert calls["aten::convolution_backward"] == 2 * convolutions  # the student's, the fake's

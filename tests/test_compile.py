@@ -11,8 +11,8 @@ from torch._dynamo.testing import CompileCounter
 
 import backtrack
 import degrade
-import disback
 from imagenet64 import edm
+from runtime import place
 from toy2d import model
 
 
@@ -65,7 +65,7 @@ def test_blocks_of_a_kind_share_a_graph_in_all_networks(counter):
     expected = nets[0](x, sigma, cond)
     for net in nets[1:]:
         net.load_state_dict(nets[0].state_dict())
-        disback.ready(net, SimpleNamespace(shard=False, compile=True), (edm.Block,))
+        place.ready(net, SimpleNamespace(shard=False, compile=True), (edm.Block,))
         with torch.no_grad():
             assert torch.equal(net(x, sigma, cond), expected)
     assert counter.frame_count == len(kinds) > 5

@@ -14,6 +14,7 @@ from conftest import ROOT
 
 import disback
 from imagenet64 import edm
+from runtime import files
 
 DATA = ROOT / "tests" / "data"
 ARGUMENTS = ("img_resolution", "img_channels", "label_dim", "model_channels", "channel_mult",
@@ -63,9 +64,9 @@ def test_every_resampling_filter_is_a_quarter_and_no_parameter(net):
 def test_weights_with_another_resampling_filter_are_refused(net, tmp_path):
     state = net.state_dict()
     state["model.enc.8x8_down.skip.resample_filter"] = torch.full((1, 1, 2, 2), 0.2)
-    disback.save_tensors(tmp_path / "net.safetensors", state)
+    files.save_tensors(tmp_path / "net.safetensors", state)
     with pytest.raises(disback.Refusal, match="resampling filter"):
-        disback.load_net(tmp_path / "net.safetensors", net)
+        files.load_net(tmp_path / "net.safetensors", net)
 
 
 @torch.no_grad()

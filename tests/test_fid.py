@@ -327,7 +327,7 @@ def test_the_command_gives_every_block_of_a_run_its_own_seeds(capsys, monkeypatc
         x = [torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return ((part, None) for part in features.to_uint8(torch.stack(x)).split(8))
 
-    monkeypatch.setattr(sample, "source", lambda args: (images, problem.Config(), {"steps": 1}))
+    monkeypatch.setattr(sample, "source", lambda args: (images, problem.TINY, {"steps": 1}))
     found = run(capsys, tmp_path, "--images", 20, "--blocks", 2)
     assert asked == [[*range(20)], [*range(20, 40)]]
     assert (tmp_path / "fid-20x2.json").exists() and len(set(found["distances"])) == 2
@@ -351,7 +351,7 @@ def test_the_command_goes_on_with_a_runs_images_in_the_middle_of_a_block(
     monkeypatch.setattr(fid, "SAVE_EVERY", 5)
     monkeypatch.setattr(sample, "source", lambda args: (
         lambda seeds: images(list(seeds)[:6] if cut and seeds[0] else seeds),
-        problem.Config(), {"weights_sha256": "a"}))
+        problem.TINY, {"weights_sha256": "a"}))
     argv, cut = [tmp_path, "--images", 20, "--blocks", 2], False
     whole = run(capsys, *argv)
     seen.clear()
@@ -377,7 +377,7 @@ def test_a_cut_off_measurement_is_not_gone_on_with_once_its_parts_have_changed(
         yield IMAGES[:6, :, :1, :1].repeat(1, 1, 8, 8), None
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample, "source", lambda args: (images, problem.Config(), about))
+    monkeypatch.setattr(sample, "source", lambda args: (images, problem.TINY, about))
     others = {}
     with pytest.raises(KeyboardInterrupt):
         run(capsys, tmp_path, "--images", 20)
@@ -402,7 +402,7 @@ def test_a_damaged_partial_file_is_refused_by_name(tmp_path, broken):
 
 def test_a_run_is_measured_on_three_blocks_of_fifty_thousand_unless_told(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(sample, "source", lambda args: (None, problem.Config(), {}))
+    monkeypatch.setattr(sample, "source", lambda args: (None, problem.TINY, {}))
     monkeypatch.setattr(fid, "measure", lambda batches, extract, reference, images, blocks, *rest: (
         asked.append((images, blocks)) or (_ for _ in ()).throw(KeyboardInterrupt)))
     with pytest.raises(KeyboardInterrupt):

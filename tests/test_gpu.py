@@ -9,8 +9,8 @@ from conftest import BACKTRACK, SMALL
 
 import backtrack
 import degrade
-import disback
 from runtime import check
+from runtime.run import Run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 FLAGS = {"toy2d": SMALL, "imagenet64": ["--teacher-steps", "20"], "sdxl": []}
@@ -52,7 +52,8 @@ def test_the_host_waits_for_nothing_inside_an_iteration(tmp_path, monkeypatch, n
             with no_waiting() if 1 < step < 8 else contextlib.nullcontext():
                 yield step
 
-    monkeypatch.setattr(disback, "stoppable", watched)
+    steps = Run.steps
+    monkeypatch.setattr(Run, "steps", lambda run, total: watched(steps(run, total)))
     monkeypatch.chdir(tmp_path)
     common = [name, *FLAGS[name], "--batch", "8", "--steps", "8", "--log-every", "99",
               "--precision", precision, "--no-compile", "--out"]
@@ -69,7 +70,8 @@ def test_a_compiled_stage_waits_for_nothing_and_compiles_nothing_anew_at_a_switc
             yield step
             seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
-    monkeypatch.setattr(disback, "stoppable", watched)
+    steps = Run.steps
+    monkeypatch.setattr(Run, "steps", lambda run, total: watched(steps(run, total)))
     shutil.copytree(recorded / "path", tmp_path / "path")
     backtrack.main(["toy2d", "--out", str(tmp_path), *BACKTRACK, "--compile"])
     assert seen[0] > 0 and seen[-1] == seen[0]

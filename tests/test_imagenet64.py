@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 from scipy.stats import kstest
@@ -17,6 +17,7 @@ import backtrack
 import degrade
 import disback
 from imagenet64 import digits, download, edm, features, problem, sample
+from runtime import files
 
 SMALL = ["--teacher-steps", "2", "--batch", "8", "--log-every", "3"]
 DEGRADE = ["imagenet64", *SMALL, "--steps", "4", "--nodes", "2"]
@@ -34,7 +35,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def tiny():
-    return problem.make("tiny", teacher_steps=2)
+    return make(problem, "tiny", teacher_steps=2)
 
 
 def sampled(capsys, *argv):
@@ -56,7 +57,7 @@ def test_the_student_starts_as_a_copy_of_the_teacher_that_denoises_pure_noise_on
 
 
 def test_an_untrained_student_depends_on_the_seed_and_the_teacher_does_not():
-    one, other = (problem.make("tiny", seed, start="untrained", teacher_steps=2)
+    one, other = (make(problem, "tiny", seed, start="untrained", teacher_steps=2)
                   for seed in (0, 1))
     name = "model.enc.8x8_conv.weight"
     assert not torch.equal(one.student.state_dict()[name], other.student.state_dict()[name])
@@ -125,7 +126,7 @@ def test_the_full_presets_figures_show_ten_classes_and_its_student_spares_the_gr
         img_resolution=8, model_channels=32, channel_mult=(1,), num_blocks=1)
     monkeypatch.setitem(problem.NETWORKS, "imagenet", small)
     monkeypatch.setattr(problem, "load_teacher", lambda config: (edm.Denoiser(**small), "sha"))
-    full = problem.make("full")
+    full = make(problem, "full")
     assert full.snapshot()[1].argmax(dim=1)[:10].tolist() == [*range(0, 1000, 100)]
     sigma = full.sample_sigma_vsd(20_000)
     grid = edm.karras_grid(1000)[:-1].flip(0)
@@ -136,13 +137,14 @@ def test_the_full_presets_figures_show_ten_classes_and_its_student_spares_the_gr
 
 @torch.no_grad()
 def test_evaluation_generates_at_the_students_own_noise_level():
-    evaluate, asked = problem.Evaluation(problem.Config(start_sigma=3.0), "cpu"), set()
+    config, asked = dataclasses.replace(problem.TINY, start_sigma=3.0), set()
+    evaluate = problem.Evaluation(config, "cpu")
     evaluate(lambda x, sigma, cond: asked.add((sigma.item(), round(x.std().item()))) or x)
     assert asked == {(3.0, 3)}
 
 
 def test_evaluating_the_data_themselves_gives_no_distance_and_the_classifiers_accuracy():
-    evaluate, images = problem.Evaluation(problem.Config(), "cpu"), digits.load()[0]
+    evaluate, images = problem.Evaluation(problem.TINY, "cpu"), digits.load()[0]
     batches = iter(images.split(256))
     found = evaluate(lambda x, sigma, cond: next(batches))
     assert found["frechet"] == pytest.approx(0.0, abs=1e-6)
@@ -156,7 +158,7 @@ def test_evaluating_leaves_the_random_state_alone(tiny):
 
 
 def test_halves_of_the_digits_are_as_far_apart_as_numpy_says():
-    evaluate = problem.Evaluation(problem.Config(), "cpu")
+    evaluate = problem.Evaluation(problem.TINY, "cpu")
     images = edm.to_uint8(digits.load()[0])
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     parts = [evaluate.extract(images[part]).double().numpy() for part in order.tensor_split(2)]
@@ -202,22 +204,10 @@ def test_network_evals_are_the_forwards_and_backwards_that_are_made(run, tmp_pat
     assert metrics["network_evals"]["stage2"] == spent == (4 * fake_updates + 4) * 8 * 6
 
 
-def test_a_run_that_is_cut_off_resumes_to_the_same_bits(run, tmp_path, monkeypatch):
+def test_a_run_that_is_cut_off_resumes_to_the_same_bits(run, tmp_path, monkeypatch, cut_off):
     monkeypatch.setattr(problem.figures, "draw", lambda *args: None)
     shutil.copytree(run / "path", tmp_path / "path")
-    update, left = disback.update, 2 * 4
-
-    def cut(*args):
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise KeyboardInterrupt
-        update(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(disback, "update", cut)
-        with pytest.raises(KeyboardInterrupt):
-            backtrack.main([*BACKTRACK, "--out", str(tmp_path)])
+    cut_off(2 * 4, backtrack.main, [*BACKTRACK, "--out", tmp_path])
     backtrack.main([*BACKTRACK, "--out", str(tmp_path), "--resume"])
     whole, resumed = (load_file(out / "student.safetensors") for out in (run, tmp_path))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -249,7 +239,7 @@ def test_a_runs_images_are_its_students_in_one_step(run, tmp_path, capsys):
                              tmp_path / "x.npz")
     assert classes.tolist() == [7, 2, 7]
     student = edm.Denoiser(**problem.NETWORKS["digits"])
-    disback.load_net(run / "student.safetensors", student)
+    files.load_net(run / "student.safetensors", student)
     z = torch.stack([torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(seed))
                      for seed in range(3)])
     with torch.no_grad():
@@ -265,9 +255,9 @@ def test_a_nodes_images_are_drawn_by_heuns_method_and_node_0_is_the_teacher(run,
     assert (teacher != node).any()
     net = edm.Denoiser(**problem.NETWORKS["digits"])
     for file, found in (("00", teacher), ("02", node)):
-        disback.load_net(run / "path" / f"{file}.safetensors", net)
-        z, classes = sample.inputs(range(3), None, problem.Config())
-        x = edm.heun(net, z, problem.labels(classes, problem.Config()), 5)
+        files.load_net(run / "path" / f"{file}.safetensors", net)
+        z, classes = sample.inputs(range(3), None, problem.TINY)
+        x = edm.heun(net, z, problem.labels(classes, problem.TINY), 5)
         expected = features.to_uint8(x)[:, 0].numpy().astype(int)
         assert np.abs(expected - found[..., 0]).max() <= 1
 
@@ -277,8 +267,8 @@ def test_a_teachers_images_need_no_run(tmp_path, capsys, monkeypatch):
     net = edm.Denoiser(**problem.NETWORKS["digits"])
     monkeypatch.setattr(problem, "load_teacher", lambda config: (net, "sha"))
     found = sampled(capsys, "teacher", "--images", 2, "--steps", 4, "--to", tmp_path / "x.npz")[0]
-    z, classes = sample.inputs(range(2), None, problem.Config())
-    x = edm.heun(net, z, problem.labels(classes, problem.Config()), 4)
+    z, classes = sample.inputs(range(2), None, problem.TINY)
+    x = edm.heun(net, z, problem.labels(classes, problem.TINY), 4)
     expected = features.to_uint8(x)[:, 0].numpy().astype(int)
     assert np.abs(expected - found[..., 0]).max() <= 1
 
@@ -333,20 +323,20 @@ def test_an_unfinished_run_and_a_node_of_the_teacher_are_refused(run, tmp_path):
 
 
 def test_a_path_of_another_noise_level_is_refused_naming_it(run, tmp_path):
-    with pytest.raises(disback.Refusal, match="start_sigma 80.0, not 40.0"):
+    with pytest.raises(disback.Refusal, match="--start-sigma 80.0, not 40.0"):
         backtrack.main([*BACKTRACK, "--out", str(tmp_path / "x"), "--path", str(run / "path"),
                         "--start-sigma", "40"])
 
 
 def test_the_images_are_the_presets():
     with pytest.raises(disback.Refusal, match="--preset tiny"):
-        problem.make("tiny", images="imagenet")
+        make(problem, "tiny", images="imagenet")
 
 
 def test_a_conversion_that_is_of_no_use_is_not_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("DISBACK_CACHE", str(tmp_path / "cache"))
     with pytest.raises(disback.Refusal, match="another --teacher"):
-        problem.make("tiny", teacher=str(ROOT / "tests" / "data" / "edm_pkl_fixture_adm.pkl"))
+        make(problem, "tiny", teacher=str(ROOT / "tests" / "data" / "edm_pkl_fixture_adm.pkl"))
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -378,17 +368,17 @@ def test_a_teacher_of_another_network_or_none_at_all_is_refused_by_name(tmp_path
     elif name == "other.pkl":
         file.write_bytes(b"no pickle")
     with pytest.raises((disback.Refusal, OSError), match=name):  # run() prints either as a line
-        problem.make("tiny", teacher=str(file))
+        make(problem, "tiny", teacher=str(file))
 
 
 def test_a_teacher_from_a_file_is_that_teacher(tmp_path):
     torch.manual_seed(3)
     net = edm.Denoiser(**problem.NETWORKS["digits"])
     save_file(net.state_dict(), tmp_path / "mine.safetensors")
-    made = problem.make("tiny", teacher=str(tmp_path / "mine.safetensors"))
+    made = make(problem, "tiny", teacher=str(tmp_path / "mine.safetensors"))
     assert all(torch.equal(weight, net.state_dict()[name])
                for name, weight in made.teacher.state_dict().items())
-    assert made.about["teacher_sha256"] == disback.sha256(tmp_path / "mine.safetensors")
+    assert made.about["teacher_sha256"] == files.sha256(tmp_path / "mine.safetensors")
 
 
 def test_without_a_network_the_full_preset_says_which_file_goes_where(monkeypatch):
@@ -397,4 +387,4 @@ def test_without_a_network_the_full_preset_says_which_file_goes_where(monkeypatc
 
     monkeypatch.setattr(download, "transfer", no_network)
     with pytest.raises(disback.Refusal, match="edm-imagenet-64x64-cond-adm.pkl by hand"):
-        problem.make("full")
+        make(problem, "full")

@@ -16,6 +16,7 @@ from conftest import BACKTRACK, DEGRADE, ROOT, SMALL
 import backtrack
 import degrade
 import disback
+from runtime import cli, files
 
 
 def refused(capsys, monkeypatch, main, argv):
@@ -23,7 +24,7 @@ def refused(capsys, monkeypatch, main, argv):
     monkeypatch.setattr(sys, "argv", ["stage.py", *map(str, argv)])
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        disback.run(main)
+        cli.run(main)
     assert ended.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     line = lines[-1]
@@ -38,15 +39,15 @@ def refused(capsys, monkeypatch, main, argv):
     (["toy2d", "--presett", "ring"], "--presett"),
     (["toy2d", "--nodes", "ten"], "ten"),
     (["toy2d", "--lr-degrade", "fast"], "fast"),
-    (["toy2d", "--steps", "0"], "steps"),
+    (["toy2d", "--steps", "0"], "--steps"),
     (["toy2d", "--batch", "-3"], "batch"),
-    (["toy2d", "--lr-degrade", "nan"], "lr_degrade"),
-    (["toy2d", "--lr-degrade", "0"], "lr_degrade"),
+    (["toy2d", "--lr-degrade", "nan"], "--lr-degrade"),
+    (["toy2d", "--lr-degrade", "0"], "--lr-degrade"),
     (["toy2d", "--ema", "1"], "ema"),
     (["toy2d", "--spacing", "square"], "square"),
     (["toy2d", "--seed", "-1"], "--seed"),
     (["toy2d", "--seed", "9" * 30], "--seed"),
-    (["toy2d", "--sigma-min", "30"], "sigma_min"),
+    (["toy2d", "--sigma-min", "30"], "--sigma-min"),
     (["toy2d", "--steps", "20", "--nodes", "21"], "nodes"),
 ])
 def test_words_that_make_no_sense_are_refused_by_name(capsys, monkeypatch, tmp_path, words, cause):
@@ -102,7 +103,7 @@ def test_resuming_what_is_not_there_or_was_run_with_other_flags_is_refused(
     assert "state.pt" in refused(capsys, monkeypatch, backtrack.main, [*back, "--resume"])
     backtrack.main(back)
     line = refused(capsys, monkeypatch, backtrack.main, [*back, "--lr-fake", "0.5", "--resume"])
-    assert "lr_fake" in line
+    assert "--lr-fake" in line
     state = tmp_path / "state.pt"
     whole = state.read_bytes()
     for broken in (whole[:-500], b"", b"not a checkpoint"):
@@ -146,7 +147,7 @@ def test_too_large_a_batch_costs_a_line_and_no_old_run(recorded, capsys, monkeyp
     shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
     argv = ["toy2d", "--out", tmp_path, *DEGRADE, "--batch", "1" + "0" * 15, "--overwrite"]
     assert "allocate" in refused(capsys, monkeypatch, degrade.main, argv)
-    assert len(disback.Path(tmp_path / "path")) == 5
+    assert len(disback.DegradationPath(tmp_path / "path")) == 5
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -167,7 +168,7 @@ def test_it_is_the_disk_of_the_run_folder_that_needs_room(monkeypatch, tmp_path,
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")])
 def test_too_little_memory_is_never_blamed_on_a_file(capsys, monkeypatch, error):
     def main(argv):
-        with disback.blame("state.pt is broken: remove it"):
+        with files.blame("state.pt is broken: remove it"):
             raise error
 
     line = refused(capsys, monkeypatch, main, [])
@@ -178,7 +179,7 @@ def test_rates_of_decay_may_be_zero():
     from toy2d.problem import Config
 
     Config(ema=0.0, beta1=0.0, beta2=0.0, weight_decay=0.0)
-    with pytest.raises(disback.Refusal, match="lr_fake must be above 0 and below inf, not 0.0"):
+    with pytest.raises(disback.Refusal, match="--lr-fake must be above 0 and below inf, not 0.0"):
         Config(lr_fake=0.0)
 
 
@@ -201,7 +202,7 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["stage.py"])
     with pytest.raises(RuntimeError, match="a defect"):
-        disback.run(broken)
+        cli.run(broken)
 
 
 def test_a_stage_1_whose_weights_overflow_records_no_path(capsys, monkeypatch, tmp_path):
@@ -212,18 +213,17 @@ def test_a_stage_1_whose_weights_overflow_records_no_path(capsys, monkeypatch, t
 
 
 def test_a_run_that_diverges_stops_with_its_step_and_node_and_keeps_the_last_checkpoint(
-        recorded, capsys, monkeypatch, tmp_path, no_figures):
+        recorded, capsys, monkeypatch, tmp_path, no_figures, before_updates):
     shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
-    update, count = disback.update, 0
+    count = 0
 
-    def poisoned(optimizer, *rest):
+    def poison(optimizer):
         nonlocal count
         count += 1
         if count > 2 * 9:
             optimizer.param_groups[0]["params"][0].grad.fill_(math.nan)
-        update(optimizer, *rest)
 
-    monkeypatch.setattr(disback, "update", poisoned)
+    before_updates(poison)
     line = refused(capsys, monkeypatch, backtrack.main, ["toy2d", "--out", tmp_path, *BACKTRACK])
     assert "step 10" in line and "node 0" in line and str(tmp_path) in line
     state = torch.load(tmp_path / "state.pt", weights_only=True)
@@ -240,9 +240,9 @@ def test_degrading_that_diverges_stops_with_its_step(capsys, monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("save", [
-    "disback.save_tensors(file, {'x': torch.zeros(100_000)})",
-    "disback.save_json(file, list(range(100_000)))",
-    "disback.atomically(file, lambda f: torch.save(torch.zeros(100_000), f))"])
+    "files.save_tensors(file, {'x': torch.zeros(100_000)})",
+    "files.save_json(file, list(range(100_000)))",
+    "files.atomically(file, lambda f: torch.save(torch.zeros(100_000), f))"])
 def test_a_disk_that_fills_while_saving_leaves_the_old_file(tmp_path, save):
     """A limit on the size of files stands for the full disk: writing beyond it fails alike."""
     file = tmp_path / "kept"
@@ -251,11 +251,11 @@ def test_a_disk_that_fills_while_saving_leaves_the_old_file(tmp_path, save):
 import resource, signal, sys
 from pathlib import Path
 import torch
-import disback
+from runtime import cli, files
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 file = Path({str(file)!r})
-disback.run(lambda argv: {save})
+cli.run(lambda argv: {save})
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 2, ended.stderr
@@ -274,4 +274,4 @@ def test_help_names_every_field_with_its_comment(capsys):
 
 def test_the_path_file_says_what_it_is(recorded):
     about = json.loads((recorded / "path" / "path.json").read_text())
-    assert about["problem"] == "toy2d" and len(about["sha256"]) == 5
+    assert about["problem"] == "toy2d" and len(about["positions"]) == 5

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 import disback
 from imagenet64 import edm, pickles
+from runtime import cli, files
 
 DATA = ROOT / "tests" / "data"
 FIXTURE = DATA / "edm_pkl_fixture_adm.pkl"
@@ -66,22 +67,22 @@ def test_the_fixture_is_converted_bit_for_bit_in_the_order_of_its_state_dict(tmp
         assert tensor.numpy().tobytes() == expected[name].tobytes(), name
     with safe_open(tmp_path / "ema.safetensors", "pt") as file:
         assert file.metadata() == {"source_sha256": digest}
-    assert digest == disback.sha256(FIXTURE)
+    assert digest == files.sha256(FIXTURE)
 
 
 def test_a_converted_file_loads_strictly_into_the_network_of_its_architecture(tmp_path):
     pickles.convert(FIXTURE, tmp_path / "ema.safetensors")
     net = edm.Denoiser(**TINY)
-    disback.load_net(tmp_path / "ema.safetensors", net)
+    files.load_net(tmp_path / "ema.safetensors", net)
     expected = np.load(DATA / "edm_pkl_fixture_adm_expected.npz")
     assert all((t.numpy() == expected[name]).all() for name, t in net.state_dict().items())
     with pytest.raises(disback.Refusal, match="does not hold this network"):
-        disback.load_net(tmp_path / "ema.safetensors", edm.Denoiser(**TINY | {"label_dim": 4}))
+        files.load_net(tmp_path / "ema.safetensors", edm.Denoiser(**TINY | {"label_dim": 4}))
 
 
 def test_the_command_line_converts_and_names_the_hash(capsys, tmp_path):
     pickles.main([str(FIXTURE), str(tmp_path / "new" / "ema.safetensors")])
-    assert disback.sha256(FIXTURE) in capsys.readouterr().out
+    assert files.sha256(FIXTURE) in capsys.readouterr().out
     assert (tmp_path / "new" / "ema.safetensors").exists()
 
 
@@ -90,7 +91,7 @@ def test_the_command_line_converts_and_names_the_hash(capsys, tmp_path):
 def test_a_wrong_command_line_ends_with_one_line_and_status_2(argv, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["pickles", *argv])
     with pytest.raises(SystemExit) as ended:
-        disback.run(pickles.main)
+        cli.run(pickles.main)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert not list(tmp_path.iterdir())

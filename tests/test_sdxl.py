@@ -11,19 +11,26 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make
 from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import backtrack
 import degrade
 import disback
+from runtime import files, folder, ranks
+from runtime import run as stage_run
 from sdxl import figures, generate, memory, model, problem, text
 from sdxl import tiny as tiny_pipeline
 
-dry_run = functools.cache(problem.dry_run)
+
+@functools.cache
+def dry_run(preset):
+    return problem.dry_run(problem.PRESETS[preset])
+
 SMALL = ["--log-every", "50"]
 BACKTRACK = [*SMALL, "--save-every", "50", "--steps", "5", "--interval", "2",
              "--fake-updates", "1"]
@@ -43,7 +50,7 @@ def three_prompts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny():
-    return problem.make("tiny")
+    return make(problem, "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -297,9 +304,9 @@ def test_the_loops_neither_wait_for_the_device_nor_compute_in_float64(
         argv += (["--nodes", "2", "--spacing", "linear"] if stage is degrade else
                  ["--save-every", "50", "--interval", "2", "--path", str(recorded / "path"),
                   "--fake-updates", "2"])
-        claim = disback.claim
+        claim = folder.claim
         with monkeypatch.context() as patch, Watch() as watch:
-            patch.setattr(disback, "claim", lambda *rest: (watch.forget(), claim(*rest)))
+            patch.setattr(stage_run, "claim", lambda *rest: (watch.forget(), claim(*rest)))
             stage.main(argv)
         watched.append(watch)
     assert watched[1].waits == watched[0].waits > 0
@@ -307,43 +314,41 @@ def test_the_loops_neither_wait_for_the_device_nor_compute_in_float64(
 
 
 def test_a_run_that_is_cut_off_resumes_to_the_same_bits(
-        recorded, tmp_path, no_figures, monkeypatch):
+        recorded, tmp_path, no_figures, cut_off):
     argv = ["sdxl", "--path", str(recorded / "path"), *BACKTRACK, "--save-every", "3",
             "--steps", "4"]
     backtrack.main([*argv, "--out", str(tmp_path / "whole")])
-    update, calls = disback.update, 0  # 2 an iteration: cut off in the fourth, saved at the third
-
-    def cut(*args):
-        nonlocal calls
-        calls += 1
-        if calls > 3 * 2:
-            raise KeyboardInterrupt
-        update(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(disback, "update", cut)
-        with pytest.raises(KeyboardInterrupt):
-            backtrack.main([*argv, "--out", str(tmp_path / "cut")])
+    # 2 updates an iteration: cut off in the fourth, saved at the third
+    cut_off(3 * 2 + 1, backtrack.main, [*argv, "--out", tmp_path / "cut"])
     backtrack.main([*argv, "--out", str(tmp_path / "cut"), "--resume"])
     whole, resumed = (load_file(tmp_path / run / "student.safetensors") for run in ("whole", "cut"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_every_gradient_is_cut_to_the_problems_norm_and_then_freed(
-        tmp_path, no_figures, monkeypatch):
-    clips, update = [], disback.update
-    monkeypatch.setattr(disback, "update", lambda *args: (clips.append(args[2:]), update(*args)))
-    out = ["sdxl", "--out", str(tmp_path), *SMALL, "--clip", "3"]
-    degrade.main([*out, "--steps", "2", "--nodes", "2"])
-    backtrack.main([*out, "--steps", "1", "--fake-updates", "1"])
-    assert clips == [(3.0,)] * 4
+def test_every_gradient_is_cut_to_the_problems_norm_and_then_freed(tmp_path, no_figures):
+    norms = []
 
-    for clip, moved in ((0.5, [0.3, 0.4]), (10.0, [3.0, 4.0])):
-        x = torch.zeros(2, requires_grad=True)
-        (-(x * torch.tensor([3.0, 4.0])).sum()).backward()
-        update(torch.optim.SGD([x]), 1.0, clip)
-        torch.testing.assert_close(x.detach(), torch.tensor(moved))
-        assert x.grad is None
+    def look(adam, *_):
+        weights = [weight for group in adam.param_groups for weight in group["params"]]
+        norms.append(sum(weight.grad.square().sum().item() for weight in weights) ** 0.5)
+
+    hook = register_optimizer_step_post_hook(look)
+    try:
+        out = ["sdxl", "--out", str(tmp_path), *SMALL, "--clip", "1e-6"]
+        degrade.main([*out, "--steps", "2", "--nodes", "2"])
+        backtrack.main([*out, "--steps", "1", "--fake-updates", "1"])
+    finally:
+        hook.remove()
+    assert norms == pytest.approx([1e-6] * 4, rel=0.05)
+
+
+@pytest.mark.parametrize("clip, left", [(0.5, [0.3, 0.4]), (10.0, [3.0, 4.0])])
+def test_a_gradient_is_shortened_only_where_it_is_longer_than_the_limit(clip, left):
+    net = torch.nn.Linear(2, 1, bias=False)
+    adam = ranks.optimizer(net, problem.TINY, 1e-3, clip)
+    (net.weight @ torch.tensor([3.0, 4.0])).sum().backward()
+    adam.step()
+    torch.testing.assert_close(net.weight.grad[0], torch.tensor(left), atol=1e-5, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------- nodes
@@ -366,7 +371,7 @@ def test_a_node_is_half_the_teachers_size_and_its_difference_survives(tmp_path):
         recorder.close()
     finally:
         torch.nn.Linear.forward = call
-    path = disback.Path(tmp_path, unpack=model.add_difference)
+    path = disback.DegradationPath(tmp_path, model.add_difference)
     loaded = torch.nn.Linear(64, 64)
     path.load(1, loaded)
     exact, kept = node.weight - teacher.weight, loaded.weight - teacher.weight
@@ -381,8 +386,8 @@ def test_a_node_is_half_the_teachers_size_and_its_difference_survives(tmp_path):
 
 def test_after_a_switch_the_targets_weights_are_the_nodes(recorded, tiny):
     first = load_file(recorded / "path" / "00.safetensors")
-    net, path = problem.make("tiny").teacher, disback.Path(
-        recorded / "path", unpack=model.add_difference)
+    net, path = make(problem, "tiny").teacher, disback.DegradationPath(
+        recorded / "path", model.add_difference)
     addresses = [weight.data_ptr() for weight in net.parameters()]
     for node in (2, 1, 0):
         path.load(node, net)
@@ -397,7 +402,7 @@ def test_a_disk_without_room_for_the_path_is_refused_before_anything_is_written(
         tmp_path, monkeypatch):
     # Node 0; 2N differences of 2 bytes; a checkpoint, weights and two moments, and the next.
     free = 261_684 * 4 + 2 * 3 * 261_684 * 2 + 2 * 3 * 261_684 * 4 - 10_000
-    monkeypatch.setattr(disback.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
     argv = ["sdxl", "--out", str(tmp_path / "run"), *SMALL, "--steps", "3", "--nodes", "3"]
     with pytest.raises(disback.Refusal, match="GB free"):
         degrade.main(argv)
@@ -440,8 +445,8 @@ def test_the_student_of_any_size_is_saved_as_one_file(run, base, tmp_path, monke
 def test_a_student_of_a_local_model_names_it_by_its_absolute_path(base, tmp_path, monkeypatch):
     monkeypatch.chdir(base.parent)
     monkeypatch.setattr(figures, "draw", lambda *args: None)
-    made = problem.make("tiny", model=base.name)
-    disback.save_tensors(tmp_path / "student.safetensors", made.student.state_dict())
+    made = make(problem, "tiny", model=base.name)
+    files.save_tensors(tmp_path / "student.safetensors", made.student.state_dict())
     made.draw(tmp_path, None, None)
     about = json.loads((tmp_path / "student" / "disback.json").read_text())
     assert about["base"] == str(base)
@@ -516,11 +521,11 @@ def test_the_snapshots_are_of_the_noise_and_the_prompts_that_the_figures_name(ru
     sheets = {}
     monkeypatch.setattr(figures, "sheet", lambda file, title, rows, prompts: sheets.update(
         {file.name: (rows, prompts)}))
-    made = problem.make("tiny")
+    made = make(problem, "tiny")
     z, cond = made.snapshot()
     first = load_file(run / "snapshots" / "0000000.safetensors")["x0"]
     torch.testing.assert_close(made.generate(made.student, z, cond), first)
-    made.draw(run, disback.Path(run / "path", unpack=model.add_difference), None)
+    made.draw(run, disback.DegradationPath(run / "path", model.add_difference), None)
     expected = [text.read_prompts(text.SHIPPED)[i] for i in cond["prompt"]]
     for _, prompts in sheets.values():
         assert prompts == expected
@@ -530,8 +535,8 @@ def test_the_snapshots_are_of_the_noise_and_the_prompts_that_the_figures_name(ru
         "0: to node 2", "2: to node 1", "4: to the teacher", "5: to the teacher"]
     rows = [np.stack(pictures) for rows, _ in sheets.values() for _, pictures in rows]
     assert all((one != other).any() for i, one in enumerate(rows) for other in rows[:i])
-    assert torch.equal(made.teacher.unet.conv_in.weight, problem.make(
-        "tiny").teacher.unet.conv_in.weight)  # the teacher is itself again
+    assert torch.equal(made.teacher.unet.conv_in.weight, make(
+        problem, "tiny").teacher.unet.conv_in.weight)  # the teacher is itself again
 
 
 def test_all_figures_are_drawn(run):
@@ -630,7 +635,7 @@ def kept_by_a_forward(made):
 
 
 def test_checkpointing_keeps_less(tiny):
-    assert kept_by_a_forward(problem.make("tiny", checkpointing="yes")) < kept_by_a_forward(
+    assert kept_by_a_forward(make(problem, "tiny", checkpointing="yes")) < kept_by_a_forward(
         tiny) / 1.5
 
 
@@ -638,7 +643,7 @@ def test_checkpointing_changes_no_gradient_and_bf16_little(tiny):
     z, cond = tiny.sample_inputs(2)
     sigma, gradients = tiny.sample_sigma_vsd(2), []
     for changes in ({}, {"checkpointing": "yes"}, {"precision": "bf16"}):
-        net = problem.make("tiny", **changes).teacher
+        net = make(problem, "tiny", **changes).teacher
         x0 = net(z, sigma, cond)
         assert x0.dtype == torch.float32
         x0.square().mean().backward()

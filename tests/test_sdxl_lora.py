@@ -6,12 +6,14 @@ import sys
 
 import pytest
 import torch
+from conftest import make
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 import backtrack
 import degrade
 import disback
+from runtime import files
 from sdxl import memory, model, problem, tiny
 
 SMALL = ["sdxl", "--rank", "4", "--log-every", "50", "--fake-updates", "1"]
@@ -39,12 +41,12 @@ def test_without_peft_a_rank_is_refused_with_the_remedy(monkeypatch):
 
 def test_adapters_start_as_nothing_and_are_all_that_is_trained_and_saved():
     pytest.importorskip("peft")
-    whole, lora = problem.make("tiny"), problem.make("tiny", rank=4, precision="bf16")
+    whole, lora = make(problem, "tiny"), make(problem, "tiny", rank=4, precision="bf16")
     assert sum(p.numel() for p in trained(lora.teacher)) == memory.adapter_parameters(
         tiny.unet(), 4) == sum(t.numel() for t in lora.teacher.state_dict().values())
     assert {p.dtype for p in trained(lora.teacher)} == {torch.float32}
     assert lora.teacher.unet.conv_in.weight.dtype == torch.bfloat16
-    exact = problem.make("tiny", rank=4).teacher
+    exact = make(problem, "tiny", rank=4).teacher
     z, cond = whole.sample_inputs(2)
     sigma = whole.sample_sigma(2)
     with torch.no_grad():
@@ -78,7 +80,7 @@ def test_what_adapters_add_is_their_product():
 
 def test_copies_share_the_base_and_a_switch_moves_the_target_only(tmp_path):
     pytest.importorskip("peft")
-    made = problem.make("tiny", rank=4)
+    made = make(problem, "tiny", rank=4)
     target, fake = made.teacher, copy.deepcopy(made.teacher)
     one, other = dict(target.named_parameters()), dict(fake.named_parameters())
     for name, parameter in one.items():
@@ -87,12 +89,12 @@ def test_copies_share_the_base_and_a_switch_moves_the_target_only(tmp_path):
     with torch.no_grad():
         for parameter in trained(fake):
             parameter.normal_()
-    disback.save_tensors(tmp_path / "node.safetensors", fake.state_dict())
+    files.save_tensors(tmp_path / "node.safetensors", fake.state_dict())
     z, cond = made.sample_inputs(2)
     sigma = made.sample_sigma(2)
     with torch.no_grad():
         before = target(z, sigma, cond), fake(z, sigma, cond), made.student(z, sigma, cond)
-        disback.load_net(tmp_path / "node.safetensors", target)
+        files.load_net(tmp_path / "node.safetensors", target)
         for parameter in trained(fake):
             parameter.zero_()
         after = target(z, sigma, cond), fake(z, sigma, cond), made.student(z, sigma, cond)
@@ -111,18 +113,18 @@ def test_both_stages_run_resume_and_serve_the_sum_of_base_and_adapters(tmp_path,
     monkeypatch.setattr(problem.figures, "draw", lambda *args: None)
     backtrack.main([*argv, "--steps", "4", "--resume"])
     assert all(torch.equal(first[k], v) for k, v in load_file(out / "student.safetensors").items())
-    made = problem.make("tiny", rank=4)
-    disback.load_net(out / "student.safetensors", made.student)
+    made = make(problem, "tiny", rank=4)
+    files.load_net(out / "student.safetensors", made.student)
     served = UNet2DConditionModel.from_pretrained(out / "student" / "unet")
-    plain = problem.make("tiny").student
+    plain = make(problem, "tiny").student
     assert served.state_dict().keys() == plain.unet.state_dict().keys()
     plain.unet.load_state_dict(served.state_dict())
     z, cond = made.sample_inputs(2)
     with torch.no_grad():
         torch.testing.assert_close(made.generate(plain, z, cond),
                                    made.generate(made.student, z, cond), rtol=1e-4, atol=1e-5)
-    assert not torch.equal(plain.unet.state_dict()[NAME], problem.make(
-        "tiny").student.unet.state_dict()[NAME])
+    assert not torch.equal(plain.unet.state_dict()[NAME], make(
+        problem, "tiny").student.unet.state_dict()[NAME])
     with pytest.raises(disback.Refusal, match="rank 4, not 0"):
         backtrack.main(["sdxl", "--out", str(tmp_path / "full"), "--path", str(out / "path")])
     with pytest.raises(disback.Refusal, match="rank 4, not 8"):

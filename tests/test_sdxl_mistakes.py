@@ -3,17 +3,21 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
+from conftest import make
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 import backtrack
 import degrade
 import disback
+from runtime import files, folder
 from sdxl import generate, model, problem, text
 
 SMALL = ["--steps", "3", "--nodes", "2", "--log-every", "50"]
@@ -54,18 +58,18 @@ def edit(file, **changes):
 
 @pytest.mark.parametrize("changes, cause", [
     ({"size": 36}, "size must be divisible by 8"), ({"timestep": 1000}, "timestep"),
-    ({"t_min": 500, "t_max": 400}, "t_min"), ({"t_max": 1000}, "t_max"),
+    ({"t_min": 500, "t_max": 400}, "--t-min"), ({"t_max": 1000}, "--t-max"),
     ({"guidance": -1.0}, "guidance"), ({"precision": "fp16"}, "precision"),
     ({"store": "fp16"}, "store"), ({"clip": 0.0}, "clip"),
     ({"switch": "adaptive"}, "networks that are not guided")])
 def test_values_that_make_no_sense_are_refused_by_name(changes, cause):
-    assert cause in refused(problem.make, "tiny", **changes)
+    assert cause in refused(make, problem, "tiny", **changes)
 
 
 @pytest.mark.parametrize("name", ["", "somebody/something", "no/such/place", "./nothing"])
 def test_without_network_or_local_model_the_files_and_the_flag_are_named(offline, tmp_path, name):
     preset, changes = ("tiny", {"model": name}) if name else ("full", {})
-    line = refused(problem.make, preset, **changes)
+    line = refused(make, problem, preset, **changes)
     assert "--model" in line and "unet/diffusion_pytorch_model.safetensors" in line
     assert "text_encoder_2/model.safetensors" in line and "tokenizer_2/" in line
     assert "Error: " in line  # and what the hub's client said
@@ -80,17 +84,17 @@ def test_a_run_without_a_model_writes_nothing(offline, tmp_path):
                                   "scheduler/scheduler_config.json"])
 def test_a_folder_that_lacks_a_file_is_refused_naming_it(mine, file):
     (mine / file).unlink()
-    line = refused(problem.make, "tiny", model=str(mine))
+    line = refused(make, problem, "tiny", model=str(mine))
     assert file in line and str(mine) in line and "unet/config.json" not in line
 
 
 def test_a_model_that_is_not_sdxl_is_refused(mine):
     edit(mine / "model_index.json", _class_name="StableDiffusionPipeline")
     assert "not SDXL but StableDiffusionPipeline" in refused(
-        problem.make, "tiny", model=str(mine))
+        make, problem, "tiny", model=str(mine))
     edit(mine / "model_index.json", _class_name="StableDiffusionXLPipeline")
     edit(mine / "unet" / "config.json", addition_embed_type=None)
-    assert "not SDXL" in refused(problem.make, "tiny", model=str(mine))
+    assert "not SDXL" in refused(make, problem, "tiny", model=str(mine))
 
 
 def test_a_tokenizer_is_one_file_or_two_and_is_missed_before_anything_is_computed(mine):
@@ -138,13 +142,13 @@ def test_no_part_of_the_noise_schedule_is_left_to_defaults(mine, name):
     config = json.loads(file.read_text())
     del config[name]
     file.write_text(json.dumps(config))
-    assert f"without ['{name}']" in refused(problem.make, "tiny", model=str(mine))
+    assert f"without ['{name}']" in refused(make, problem, "tiny", model=str(mine))
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
 def test_a_scheduler_that_does_not_predict_epsilon_is_refused(mine, kind):
     edit(mine / "scheduler" / "scheduler_config.json", prediction_type=kind)
-    assert kind in refused(problem.make, "tiny", model=str(mine))
+    assert kind in refused(make, problem, "tiny", model=str(mine))
 
 
 def test_weights_that_are_not_the_unets_are_refused_naming_the_file(mine):
@@ -152,11 +156,11 @@ def test_weights_that_are_not_the_unets_are_refused_naming_the_file(mine):
     whole = file.read_bytes()
     for spoilt in (whole[:-100], b"", b"weights"):
         file.write_bytes(spoilt)
-        assert str(file) in refused(problem.make, "tiny", model=str(mine))
+        assert str(file) in refused(make, problem, "tiny", model=str(mine))
     shutil.copy(mine / "vae" / "diffusion_pytorch_model.safetensors", file)
-    assert "does not hold this UNet" in refused(problem.make, "tiny", model=str(mine))
+    assert "does not hold this UNet" in refused(make, problem, "tiny", model=str(mine))
     edit(mine / "unet" / "config.json", down_block_types=["Unknown"])
-    assert "does not hold this UNet" in refused(problem.make, "tiny", model=str(mine))
+    assert "does not hold this UNet" in refused(make, problem, "tiny", model=str(mine))
 
 
 @pytest.mark.parametrize("content, cause", [
@@ -166,7 +170,7 @@ def test_prompts_that_cannot_be_read_are_refused(tmp_path, content, cause):
     file = tmp_path / "prompts.txt"
     if content is not None:
         file.write_bytes(content)
-    line = refused(problem.make, "tiny", prompts=str(file))
+    line = refused(make, problem, "tiny", prompts=str(file))
     assert cause in line and str(file) in line
 
 
@@ -237,8 +241,8 @@ def test_a_path_of_another_teacher_size_or_prompts_is_refused(mine, prompts, tmp
     held = sorted((tmp_path / "run").rglob("*"))
     assert "size" in refused(backtrack.main, [*argv, "--size", "40"])
     assert "prompts_sha256" in refused(backtrack.main, ["sdxl", "--out", str(tmp_path / "run")])
-    weights = disback.load_file(mine / model.WEIGHTS[0])
-    disback.save_tensors(mine / model.WEIGHTS[0], {k: 2 * w for k, w in weights.items()})
+    weights = load_file(mine / model.WEIGHTS[0])
+    files.save_tensors(mine / model.WEIGHTS[0], {k: 2 * w for k, w in weights.items()})
     assert "model_sha256" in refused(backtrack.main, [*argv, "--model", str(mine)])
     assert sorted((tmp_path / "run").rglob("*")) == held
 
@@ -265,17 +269,17 @@ def test_what_generate_cannot_use_is_refused(offline, base, tmp_path):
 
 
 def test_a_nodes_difference_is_not_taken_for_weights(base, tmp_path):
-    teacher = problem.make("tiny", prompts=str(base / "model_index.json")).teacher
-    disback.save_tensors(tmp_path / "01.safetensors", model.difference(teacher, teacher))
+    teacher = make(problem, "tiny", prompts=str(base / "model_index.json")).teacher
+    files.save_tensors(tmp_path / "01.safetensors", model.difference(teacher, teacher))
     line = refused(generate.load, str(tmp_path / "01.safetensors"), str(base))
     assert "does not hold this UNet" in line
 
 
 def test_a_node_with_a_tensor_too_many_is_refused(tmp_path):
     net = torch.nn.Linear(2, 2)
-    disback.save_tensors(tmp_path / "00.safetensors", net.state_dict())
+    files.save_tensors(tmp_path / "00.safetensors", net.state_dict())
     for file, more in (("01", {}), ("02", {"minus_teacher.more": torch.zeros(1)})):
-        disback.save_tensors(tmp_path / f"{file}.safetensors", model.difference(net, net) | more)
+        files.save_tensors(tmp_path / f"{file}.safetensors", model.difference(net, net) | more)
     model.add_difference(tmp_path / "01.safetensors", net)
     assert "more" in refused(model.add_difference, tmp_path / "02.safetensors", net)
 
@@ -283,7 +287,7 @@ def test_a_node_with_a_tensor_too_many_is_refused(tmp_path):
 def test_a_disk_that_is_full_at_the_end_is_told_and_keeps_what_was_there(
         base, tmp_path, monkeypatch):
     shutil.copy(base / model.WEIGHTS[0], tmp_path / "student.safetensors")
-    disback.save_json(tmp_path / "student" / "disback.json", {"kept": True})
+    files.save_json(tmp_path / "student" / "disback.json", {"kept": True})
     save = UNet2DConditionModel.save_pretrained
 
     def full(*args, **keywords):
@@ -293,7 +297,7 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_keeps_what_was_there(
     monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", full)
     assert "make room" in refused(generate.export, tmp_path, base, 0, base="")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["student", "student.safetensors"]
-    assert disback.load_json(tmp_path / "student" / "disback.json", "") == {"kept": True}
+    assert files.load_json(tmp_path / "student" / "disback.json", "") == {"kept": True}
 
 
 def test_the_student_of_a_run_that_is_replaced_is_removed(tmp_path):
@@ -301,9 +305,9 @@ def test_the_student_of_a_run_that_is_replaced_is_removed(tmp_path):
     made = SimpleNamespace(config=problem.TINY, disk=0)
     args = SimpleNamespace(out=tmp_path, problem="sdxl", preset="tiny", seed=0, overwrite=False,
                            accumulate=1, shard=False, compile=False)
-    assert "student exists" in refused(disback.claim, args, made, "backtrack", {})
+    assert "student exists" in refused(folder.claim, args, made, "backtrack", {})
     args.overwrite = True
-    disback.claim(args, made, "backtrack", {})
+    folder.claim(args, made, "backtrack", {})
     assert not (tmp_path / "student").exists()
 
 
@@ -327,12 +331,13 @@ def test_help_names_the_fields_and_a_dry_run_writes_nothing(capsys, tmp_path):
 
 def test_a_dry_run_says_whose_numbers_it_prints_and_heeds_the_size_of_any_model(
         mine, monkeypatch):
-    tiny = problem.dry_run("tiny", model=str(mine))
-    assert tiny == problem.dry_run("tiny") != problem.dry_run("tiny", model=str(mine), size=64)
+    tiny = problem.dry_run(replace(problem.TINY, model=str(mine)))
+    larger = replace(problem.TINY, model=str(mine), size=64)
+    assert tiny == problem.dry_run(problem.TINY) != problem.dry_run(larger)
     assert "261,684 parameters" in tiny and "note" not in tiny
     monkeypatch.setattr(problem.memory, "BASE", json.loads((mine / "unet/config.json").read_text()))
     assert "no/such/place is no folder here; these are SDXL base's" in problem.dry_run(
-        "full", model="no/such/place", nodes=3)
+        replace(problem.FULL, model="no/such/place", nodes=3))
 
 
 @pytest.mark.parametrize("name", ["transformers.utils.import_utils", "diffusers.schedulers",

@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 
 import backtrack
 import disback
-from toy2d import metrics, mixture, model, study, study_figures
+from runtime import study as statistics
+from toy2d import metrics, mixture, model, study, study_figures, study_grid
 
 TINY = (("width", 16), ("depth", 1), ("teacher_steps", 60), ("teacher_batch", 64), ("batch", 64))
 RATES = ((1e-3, 1e-3), (1e-2, 1e-2))
 BUDGET = {"ring-8-eps": 80, "poor-8-eps": 80}
-GRID = study.Grid({"ring-8-eps": ("vsd_tuned",)}, BUDGET, RATES, (100, 101), (0,), TINY)
+GRID = study_grid.Grid({"ring-8-eps": ("vsd_tuned",)}, BUDGET, RATES, (100, 101), (0,), TINY)
 RUNS = 2 * 2 + 1
 
 
@@ -33,7 +34,7 @@ def line(cell, arm, seed, rates, swd, **more):
     curve = {"kevals": [100, 200, 300], "swd": [8.0, 1.0, swd], "mode_tv": [0.9, 0.5, 0.1],
              "off_mode": [1.0, 0.5, 0.2], "mismatch": [0.5, 0.2, 0.1]}
     return {"cell": cell, "arm": arm, "seed": seed, "rates": rates, "steps": 80, "seconds": 1.0,
-            "settings": study.settings(GRID, cell, arm), "curve": curve, "stage1": 0,
+            "settings": study_grid.settings(GRID, cell, arm), "curve": curve, "stage1": 0,
             "final": {"swd": swd, "mode_tv": 0.1, "off_mode": 0.2}} | more
 
 
@@ -42,7 +43,7 @@ def write(file, lines):
 
 
 def by_key(lines):
-    return {study.key(found): found for found in lines}
+    return {study_grid.key(found): found for found in lines}
 
 
 def alive(group):
@@ -74,7 +75,7 @@ class Here:
 def test_a_killed_study_leaves_no_worker_and_resumes_without_repeating_or_losing_a_run(
         tmp_path, monkeypatch):
     file = tmp_path / "lines.jsonl"
-    code = ("from pathlib import Path; from toy2d import study; from toy2d.study import Grid; "
+    code = ("from pathlib import Path; from toy2d import study; from toy2d.study_grid import Grid; "
             f"study.study({GRID!r}, Path({str(file)!r}), 1)")
     killed = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL,
                               stderr=subprocess.DEVNULL, start_new_session=True)
@@ -95,9 +96,9 @@ def test_a_killed_study_leaves_no_worker_and_resumes_without_repeating_or_losing
     study.study(GRID, file, 1)
     after = file.read_bytes()
     assert after.startswith(before)
-    runs = [study.key(json.loads(text)) for text in after.splitlines()]
+    runs = [study_grid.key(json.loads(text)) for text in after.splitlines()]
     assert len(runs) == len(set(runs)) == RUNS
-    assert set(runs) == set(study.runs(GRID, study.read(file)))
+    assert set(runs) == set(study_grid.runs(GRID, study_grid.read(file)))
 
 
 @pytest.mark.parametrize("corrupt", [b'{"cell": "ring-8-eps", "ar\n', b"[]\n", b"\xff\n", b"{}\n"])
@@ -107,8 +108,9 @@ def test_a_corrupt_line_is_refused_by_its_number_and_skipped_by_choice_only(tmp_
     texts = [json.dumps(found).encode() + b"\n" for found in good]
     file.write_bytes(texts[0] + corrupt + texts[1])
     with pytest.raises(disback.Refusal, match="line 2, is corrupt.*--skip-corrupt"):
-        study.read(file)
-    assert list(study.read(file, skip_corrupt=True)) == [study.key(found) for found in good]
+        study_grid.read(file)
+    kept = study_grid.read(file, skip_corrupt=True)
+    assert list(kept) == [study_grid.key(found) for found in good]
 
 
 def test_a_line_that_was_cut_off_is_corrupt_and_does_not_swallow_the_next(tmp_path):
@@ -116,10 +118,10 @@ def test_a_line_that_was_cut_off_is_corrupt_and_does_not_swallow_the_next(tmp_pa
     good = line("ring-8-eps", "vsd_tuned", 0, RATES[0], 0.2)
     file.write_text(json.dumps(good))  # all of it but its end
     with pytest.raises(disback.Refusal, match="line 1, is corrupt"):
-        study.read(file)
+        study_grid.read(file)
     with study.appending(file) as append:
         append(good | {"seed": 1})
-    assert [key[2] for key in study.read(file, skip_corrupt=True)] == [0, 1]
+    assert [key[2] for key in study_grid.read(file, skip_corrupt=True)] == [0, 1]
 
 
 def test_lines_that_repeat_a_run_or_are_of_other_settings_are_refused(tmp_path):
@@ -127,10 +129,10 @@ def test_lines_that_repeat_a_run_or_are_of_other_settings_are_refused(tmp_path):
     one = line("ring-8-eps", "vsd_tuned", 0, RATES[0], 0.2)
     write(file, [one, one])
     with pytest.raises(disback.Refusal, match="line 2, repeats"):
-        study.read(file)
-    study.check(GRID, by_key([one]), file)
+        study_grid.read(file)
+    study_grid.check(GRID, by_key([one]), file)
     with pytest.raises(disback.Refusal, match="ring-8-eps, vsd_tuned of other settings"):
-        study.check(GRID, by_key([one | {"settings": "budget=7"}]), file)
+        study_grid.check(GRID, by_key([one | {"settings": "budget=7"}]), file)
 
 
 def test_two_studies_do_not_write_one_file(tmp_path):
@@ -150,15 +152,16 @@ def test_what_the_grid_does_not_have_is_refused_by_name(words, cause):
 
 
 def test_filters_keep_what_they_name():
-    kept = study.select(study.FULL, ["ring-8-eps", "grid-28-eps"], ["disback", "adaptive"])
+    kept = study_grid.select(study_grid.FULL, ["ring-8-eps", "grid-28-eps"],
+                             ["disback", "adaptive"])
     assert kept.arms == {"ring-8-eps": ("disback", "adaptive"), "grid-28-eps": ("disback",)}
-    assert kept.rates == study.FULL.rates and kept.seeds == study.FULL.seeds
+    assert kept.rates == study_grid.FULL.rates and kept.seeds == study_grid.FULL.seeds
 
 
 def test_the_seeds_that_judge_are_not_those_that_tune_and_all_arms_may_choose_the_same():
-    for grid in (study.FULL, study.QUICK):
+    for grid in (study_grid.FULL, study_grid.QUICK):
         assert not set(grid.tuning) & set(grid.seeds)
-        runs, per_arm = study.runs(grid, {}), {}
+        runs, per_arm = study_grid.runs(grid, {}), {}
         for cell, arm, seed, rates in runs:
             if seed in grid.tuning:
                 per_arm.setdefault((cell, arm), []).append((seed, rates))
@@ -168,18 +171,18 @@ def test_the_seeds_that_judge_are_not_those_that_tune_and_all_arms_may_choose_th
 
 
 def test_rates_are_chosen_by_the_median_of_the_tuning_seeds_alone():
-    grid = study.Grid(GRID.arms, BUDGET, RATES, (100, 101, 102), (0, 1), TINY)
+    grid = study_grid.Grid(GRID.arms, BUDGET, RATES, (100, 101, 102), (0, 1), TINY)
     cell, arm = "ring-8-eps", "disback"
     swds = {RATES[0]: (0.1, 0.5, 0.6), RATES[1]: (0.3, 0.4, 9.0)}  # least mean, least median
     lines = [line(cell, arm, 100 + i, rates, swd)
              for rates in RATES for i, swd in enumerate(swds[rates])]
-    assert study.chosen(grid, by_key(lines), cell, arm) == RATES[1]
+    assert study_grid.chosen(grid, by_key(lines), cell, arm) == RATES[1]
     lines += [line(cell, arm, seed, RATES[0], 0.001) for seed in grid.seeds]
-    assert study.chosen(grid, by_key(lines), cell, arm) == RATES[1]
+    assert study_grid.chosen(grid, by_key(lines), cell, arm) == RATES[1]
     diverged = [found | {"failed": "it diverged"} if found["rates"] == RATES[1] else found
                 for found in lines]
-    assert study.chosen(grid, by_key(diverged), cell, arm) == RATES[0]
-    assert study.chosen(grid, by_key(lines[1:]), cell, arm) is None
+    assert study_grid.chosen(grid, by_key(diverged), cell, arm) == RATES[0]
+    assert study_grid.chosen(grid, by_key(lines[1:]), cell, arm) is None
 
 
 def test_a_run_is_that_of_the_stages_and_fits_in_the_budget(tmp_path, no_figures, monkeypatch):
@@ -191,7 +194,7 @@ def test_a_run_is_that_of_the_stages_and_fits_in_the_budget(tmp_path, no_figures
     direct = json.loads((tmp_path / "metrics.json").read_text())
     assert found["final"]["swd"] == round(direct["swd"], 4)
     path = study.execute(GRID, ("ring-8-eps", "disback", 0, RATES[1]))
-    assert path["stage1"] > 4 * 64 * study.STAGE1["steps"]
+    assert path["stage1"] > 4 * 64 * study_grid.STAGE1["steps"]
     budget, spent = 8 * 64 * 80, path["stage1"] + 8 * 64 * path["steps"]
     assert budget - 8 * 64 < spent <= budget
     assert path["curve"]["kevals"][-1] == round(spent / 1e3)
@@ -203,7 +206,7 @@ def test_a_run_is_that_of_the_stages_and_fits_in_the_budget(tmp_path, no_figures
 
 def test_a_run_that_diverges_is_a_line_and_counts_as_infinitely_far():
     found = study.execute(GRID, ("ring-8-eps", "vsd_tuned", 0, (1e30, 1e30)))
-    assert "try lower learning rates" in found["failed"] and study.final_swd(found) == math.inf
+    assert "try lower learning rates" in found["failed"] and study_grid.final_swd(found) == math.inf
 
 
 def weights(path):
@@ -217,10 +220,10 @@ def copied(recorded, tmp_path):
 
 
 def test_the_forward_control_meets_the_nodes_as_they_were_recorded_and_the_teacher_last(copied):
-    recorded = weights(disback.Path(copied))
+    recorded = weights(disback.DegradationPath(copied))
     study.rewrite(copied, "forward")
     target = model.Denoiser(16, 1, 1.0)
-    walk = disback.Walk(disback.Path(copied), target, interval=1)
+    walk = disback.PathScheduler(disback.DegradationPath(copied), target, interval=1)
     met = [target.net[0].weight.clone()]
     while walk.step():
         met.append(target.net[0].weight.clone())
@@ -230,9 +233,10 @@ def test_the_forward_control_meets_the_nodes_as_they_were_recorded_and_the_teach
 
 
 def test_the_interpolated_control_lies_on_the_straight_line_between_the_recorded_ends(copied):
-    recorded, evals = weights(disback.Path(copied)), disback.Path(copied).about["network_evals"]
+    before = disback.DegradationPath(copied)
+    recorded, evals = weights(before), before.about["network_evals"]
     study.rewrite(copied, "interpolated")
-    path = disback.Path(copied)
+    path = disback.DegradationPath(copied)
     assert len(path) == 5 and path.about["network_evals"] == evals
     for node, net in enumerate(weights(path)):
         for name, weight in net.items():
@@ -264,28 +268,28 @@ def test_the_bootstrap_interval_of_the_median_is_scipys():
     values = np.random.default_rng(1).lognormal(size=15)
     theirs = scipy.stats.bootstrap((values,), np.median, method="percentile", n_resamples=20_000,
                                    rng=np.random.default_rng(2)).confidence_interval
-    median, low, high = study_figures.median_interval(values)
+    median, low, high = statistics.median_interval(values)
     assert median == np.median(values)
     assert (low, high) == pytest.approx((theirs.low, theirs.high), rel=0.05)
-    assert study_figures.median_interval([1.0, 2.0, math.inf])[2] == math.inf
+    assert statistics.median_interval([1.0, 2.0, math.inf])[2] == math.inf
 
 
 def test_a_level_is_first_reached_where_an_exponential_curve_crosses_it():
     evals = [0.0, 10.0, 20.0, 30.0]
     curve = [8 * math.exp(-0.1 * at) for at in evals]
-    assert study_figures.first_reach(evals, curve, 8 * math.exp(-1.7)) == pytest.approx(17)
-    assert study_figures.first_reach(evals, [*curve[:3], 5.0], curve[2]) == 20
-    assert study_figures.first_reach(evals, curve, 0.1) == math.inf
+    assert statistics.first_reach(evals, curve, 8 * math.exp(-1.7)) == pytest.approx(17)
+    assert statistics.first_reach(evals, [*curve[:3], 5.0], curve[2]) == 20
+    assert statistics.first_reach(evals, curve, 0.1) == math.inf
 
 
 def test_a_run_that_never_arrives_loses_and_two_of_them_draw():
-    ratio = study_figures.paired_ratio
+    ratio = statistics.paired_ratio
     assert ratio(30, 60, 100) == 0.5 and ratio(30, math.inf, 100) == 0.3
     assert ratio(math.inf, 60, 100) == math.inf and ratio(math.inf, math.inf, 100) == 1
 
 
 def test_the_comparison_is_paired_by_seed_and_counts_stage_1():
-    grid = study.Grid({"ring-8-eps": ("vsd_tuned", "disback")}, {"ring-8-eps": 75}, RATES[:1],
+    grid = study_grid.Grid({"ring-8-eps": ("vsd_tuned", "disback")}, {"ring-8-eps": 75}, RATES[:1],
                       (100,), (0, 1, 2))
     lines = []
     for arm in grid.arms["ring-8-eps"]:
@@ -301,7 +305,7 @@ def test_the_comparison_is_paired_by_seed_and_counts_stage_1():
 
 
 def test_the_figures_are_redrawn_identically_from_the_lines(tmp_path):
-    grid = study.Grid({"poor-8-eps": ("vsd_tuned", "disback", "adaptive", "n3_i33"),
+    grid = study_grid.Grid({"poor-8-eps": ("vsd_tuned", "disback", "adaptive", "n3_i33"),
                        "ring-8-eps": ("vsd_tuned", "disback")}, BUDGET, RATES, (100,), (0, 1, 2))
     lines = [line(cell, arm, seed, rates, 0.1 + 0.01 * seed + 0.05 * (arm == "disback"),
                   halves=[[100, 0.5, 0.4], [300, 0.1, 0.2]])

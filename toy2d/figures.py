@@ -1,28 +1,30 @@
 """The figures of a run, drawn from its folder alone; README.md beside this file explains them."""
 
 import functools
-import json
 from pathlib import Path
 
-import matplotlib
 import torch
-from safetensors.torch import load_file
+from matplotlib.animation import FuncAnimation, PillowWriter
 from torch import Tensor, nn
 
 import disback
+from runtime import ranks
+from runtime.plots import (
+    DATA,
+    STUDENT,
+    TARGET,
+    draw_convergence,
+    plt,
+    read_snapshots,
+    save,
+    switches,
+)
 from toy2d.metrics import Evaluation
 from toy2d.mixture import Mixture
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
-from matplotlib.animation import FuncAnimation, PillowWriter  # noqa: E402
-from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
-
-DATA, TARGET, STUDENT, OTHER = "#b8b8b8", "#d95f02", "#1f5fa8", "#7a3fa0"
-
 
 @torch.no_grad()
-def draw(out: Path, path: disback.Path | None, compare: Path | None, net: nn.Module,
+def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None, net: nn.Module,
          sample: callable, data: Mixture) -> None:
     """Write mismatch.png, path.png, convergence.png and backtracking.gif to `out`/figures.
 
@@ -48,7 +50,7 @@ def draw(out: Path, path: disback.Path | None, compare: Path | None, net: nn.Mod
     draw_gif(folder / "backtracking.gif", nodes, snapshots, points)
 
 
-def draw_mismatch(file: Path, path: disback.Path | None, net: nn.Module, x0: Tensor,
+def draw_mismatch(file: Path, path: disback.DegradationPath | None, net: nn.Module, x0: Tensor,
                   data: Mixture) -> None:
     """What a network answers at the student's first samples, what would be right, and the error.
 
@@ -85,7 +87,7 @@ def draw_mismatch(file: Path, path: disback.Path | None, net: nn.Module, x0: Ten
     save(figure, file)
 
 
-def score_of_node(path: disback.Path | None, node: int, net: nn.Module, x: Tensor,
+def score_of_node(path: disback.DegradationPath | None, node: int, net: nn.Module, x: Tensor,
                   sigma: float) -> Tensor:
     """The score at x [n, 2] of a node, which is loaded into net."""
     if path:
@@ -132,44 +134,6 @@ def draw_path(file: Path, nodes: list[Tensor], snapshots: list, points: Tensor) 
     save(figure, file)
 
 
-def draw_convergence(file: Path, out: Path, compare: Path | None, metric: str, label: str,
-                     floor: float, floors_name: str) -> None:
-    """A metric of log.jsonl and the mismatch degree against network evaluations, those of stage 1
-    before them; `floor` is the least that the metric can reach."""
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6.5), sharex=True, layout="constrained")
-    for run, color in ((out, STUDENT), (compare, OTHER)):
-        if run is None:
-            continue
-        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        metrics = disback.load_json(run / "metrics.json", "finish that run first")
-        stage1 = metrics["network_evals"]["stage1"]
-        at = [(stage1 + line["network_evals"]) / 1e6 for line in lines]
-        name = {"disback": "DisBack", "vsd": "VSD"}[metrics["method"]]
-        name += f" (stage 1: {stage1 / 1e6:.2f} M)" if stage1 else ""
-        top.plot(at, [line[metric] for line in lines], color=color, label=name)
-        bottom.plot(at, [line["mismatch"] for line in lines], color=color, label=name)
-        if stage1:
-            for axis in (top, bottom):
-                axis.axvspan(0, stage1 / 1e6, color=color, alpha=0.12, linewidth=0)
-        evals_a_step = metrics["network_evals"]["stage2"] / metrics["steps"]
-        for step, _ in switches(read_snapshots(run)):
-            for axis in (top, bottom):
-                axis.axvline((stage1 + evals_a_step * step) / 1e6, color=color, linewidth=0.8,
-                             linestyle=":")
-    top.set(yscale="log", ylabel=label,
-            title="Convergence (shaded: stage 1; dotted: the target has switched)")
-    top.axhline(floor, color=DATA, linewidth=1)
-    top.text(0.995, floor * 1.04, floors_name, color="#808080", fontsize=8, ha="right",
-             transform=top.get_yaxis_transform())
-    bottom.set(yscale="log", ylabel="mismatch degree", xlabel="network evaluations, millions")
-    for axis in (top.yaxis, bottom.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(NullFormatter())
-    top.legend()
-    save(figure, file)
-
-
 def draw_gif(file: Path, nodes: list[Tensor], snapshots: list, points: Tensor) -> None:
     """The student's samples on their way through the targets to the data."""
     figure, axis = plt.subplots(figsize=(4.2, 4.4), layout="constrained")
@@ -189,31 +153,14 @@ def draw_gif(file: Path, nodes: list[Tensor], snapshots: list, points: Tensor) -
         axis.set_title(f"iteration {step}: to " + (f"node {node}" if node else "the teacher"))
 
     animation = FuncAnimation(figure, show, frames=len(snapshots) + 10)  # rest on the last
-    if disback.rank() == 0:
+    if ranks.rank() == 0:
         beside = file.with_name("beside.gif")
         animation.save(beside, writer=PillowWriter(fps=6), dpi=80)
         beside.replace(file)
     plt.close(figure)
 
 
-def read_snapshots(out: Path) -> list[tuple[int, dict[str, Tensor]]]:
-    """(step, {x0 [n, 2], node}) of each snapshot, the first first."""
-    files = sorted((out / "snapshots").glob("*.safetensors"))
-    return [(int(file.stem), load_file(file)) for file in files]
-
-
-def switches(snapshots: list[tuple[int, dict[str, Tensor]]]) -> list:
-    """The snapshots at which the target had just moved to another node."""
-    return [after for before, after in zip(snapshots, snapshots[1:])
-            if after[1]["node"] != before[1]["node"]]
-
-
 def frame(x: Tensor) -> tuple[float, float]:
     """Limits of both axes that hold all points."""
     low, high = x.min().item(), x.max().item()
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
-
-
-def save(figure: plt.Figure, file: Path) -> None:
-    disback.atomically(file, lambda beside: figure.savefig(beside, dpi=110, format="png"))
-    plt.close(figure)

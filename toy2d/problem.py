@@ -4,9 +4,7 @@ import copy
 import hashlib
 import inspect
 import math
-import os
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,53 +12,39 @@ from torch import Tensor, nn
 from tqdm import trange
 
 import disback
+from runtime import files, interface
+from runtime.interface import setting
 from toy2d import figures, metrics, mixture, model
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Every field is a flag. Values without a source were tuned on the ring, see README.md."""
+class Config(interface.Config):
+    """The toy's own settings. Values without a source were tuned on the ring, see README.md."""
 
-    degrade_steps: int = 200  # training steps of this stage
-    backtrack_steps: int = 2000  # iterations: an update of the student, then the fake's
-    batch: int = 512  # samples in a batch
-    nodes: int = 10  # N, the nodes that are recorded after the teacher
-    spacing: Literal["arc", "linear", "log"] = "arc"  # where nodes are recorded, see Recorder
-    interval: int = 10  # iterations that the target stays at a node
-    switch: Literal["interval", "adaptive"] = "interval"  # when the target moves on, see Walk
-    weighting: Literal["score", "eps", "x0", "dmd"] = "eps"  # w(sigma) of Eq. 8
-    lr_student: float = 6e-3  # learning rate of the student
-    lr_fake: float = 6e-3  # learning rate of the fake
-    lr_degrade: float = 2e-3  # learning rate of the degrading teacher
-    fake_updates: int = 1  # updates of the fake after each of the student, as Diff-Instruct
-    beta1: float = 0.0  # of Adam, as Diff-Instruct and SiD
-    beta2: float = 0.999  # of Adam, likewise
-    weight_decay: float = 0.0  # of AdamW; 0 makes it Adam
-    decay: Literal["cosine", "constant"] = "cosine"  # of the learning rates
-    ema: float = 0.95  # decay of the student's moving average, short as the run is short
-    save_every: int = 100  # iterations between checkpoints
-    log_every: int = 25  # iterations between lines of log.jsonl
-
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks' arithmetic; weights are fp32
-    data: Literal["ring", "grid", "uneven"] = "ring"  # the mixture, see mixture.py
-    start: Literal["off", "teacher"] = "off"  # untrained and off the data, or the teacher's copy
-    distance: float = 8.0  # from the origin to an untrained student; the data reach to 2.5
-    start_sigma: float = 5.0  # the noise level at which a copy of the teacher generates
-    width: int = 128  # hidden units; 64 made a bad teacher
-    depth: int = 3  # hidden layers
-    sigma_data: float = 1.0  # of EDM's preconditioning, near the data's standard deviation
-    sigma_min: float = 0.02  # the least noise, well below a mode's width
-    sigma_max: float = 20.0  # the most noise, well above the data's extent
-    teacher_steps: int = 4000  # training steps of the teacher
-    teacher_batch: int = 512  # its batch
-    teacher_lr: float = 2e-3  # its learning rate
+    data: Literal["ring", "grid", "uneven"] = setting("ring", "the mixture, see mixture.py")
+    start: Literal["off", "teacher"] = setting(
+        "off", "untrained and off the data, or the teacher's copy")
+    distance: float = setting(
+        8.0, "from the origin to an untrained student; the data reach to 2.5")
+    start_sigma: float = setting(5.0, "the noise level at which a copy of the teacher generates")
+    width: int = setting(128, "hidden units; 64 made a bad teacher")
+    depth: int = setting(3, "hidden layers")
+    sigma_data: float = setting(
+        1.0, "of EDM's preconditioning, near the data's standard deviation")
+    sigma_min: float = setting(0.02, "the least noise, well below a mode's width")
+    sigma_max: float = setting(20.0, "the most noise, well above the data's extent")
+    teacher_steps: int = setting(4000, "training steps of the teacher")
+    teacher_batch: int = setting(512, "its batch")
+    teacher_lr: float = setting(2e-3, "its learning rate")
 
     def __post_init__(self) -> None:
-        disback.check_config(self)
+        super().__post_init__()
         if self.sigma_min >= self.sigma_max:
-            raise disback.Refusal(f"sigma_min {self.sigma_min} must be below sigma_max")
+            raise disback.Refusal(f"--sigma-min {self.sigma_min} must be below --sigma-max")
 
 
+# Adam without momentum and one update of the fake, the defaults, are Diff-Instruct's; the average
+# is short as the run is short.
 PRESETS = {name: Config(data=name) for name in ("ring", "grid", "uneven")}
 OF_TEACHER = ("data", "width", "depth", "sigma_data", "sigma_min", "sigma_max",
               "teacher_steps", "teacher_batch", "teacher_lr")
@@ -91,17 +75,21 @@ class TeacherCopy(nn.Module):
         return self.denoiser(self.sigma * z, z.new_full((len(z), 1), self.sigma))
 
 
-def make(preset: str = "ring", seed: int = 0, device: torch.device | str = "cpu",
-         **changes: int | float | str) -> disback.Problem:
-    """The toy as the stages see it; `changes` are fields of the preset's config.
+def make(config: Config, seed: int = 0,
+         device: torch.device | str = "cpu") -> interface.Problem:
+    """The toy as the stages see it.
 
     The first call trains the teacher and caches it; the seed is the student's, not the teacher's.
     """
     # One thread is faster at this size, and the bits do not depend on the machine's cores.
     torch.set_num_threads(1)
-    config = replace(PRESETS[preset], **changes)
     data = getattr(mixture, config.data)()
-    teacher, teacher_sha256 = trained_teacher(config, data)
+    return assemble(config, seed, device, data, *trained_teacher(config, data))
+
+
+def assemble(config: Config, seed: int, device: torch.device | str, data: mixture.Mixture,
+             teacher: model.Denoiser, teacher_sha256: str) -> interface.Problem:
+    """The problem of a teacher."""
     torch.manual_seed(seed)
     student = (Untrained(config) if config.start == "off"
                else TeacherCopy(copy.deepcopy(teacher), config.start_sigma))
@@ -116,9 +104,8 @@ def make(preset: str = "ring", seed: int = 0, device: torch.device | str = "cpu"
     def sample_sigma(n: int) -> Tensor:
         return karras_sigma(n, config, device)
 
-    about = {"problem": "toy2d", "preset": preset, "seed": seed}
-    about |= {name: getattr(config, name) for name in OF_PATH} | {"teacher_sha256": teacher_sha256}
-    return disback.Problem(
+    about = {name: getattr(config, name) for name in OF_PATH} | {"teacher_sha256": teacher_sha256}
+    return interface.Problem(
         config=config, about=about,
         teacher=teacher.to(device), student=student.to(device),
         generate=lambda student, z, cond: student(z),
@@ -149,16 +136,15 @@ def trained_teacher(config: Config, data: mixture.Mixture) -> tuple[model.Denois
     net = model.Denoiser(config.width, config.depth, config.sigma_data)
     source = "".join(map(inspect.getsource, (model, mixture, train, karras_sigma, score_weight)))
     depends_on = repr([getattr(config, name) for name in OF_TEACHER]) + source + torch.__version__
-    cache = Path(os.environ.get("DISBACK_CACHE", Path.home() / ".cache" / "disback"))
     name = hashlib.sha256(depends_on.encode()).hexdigest()[:16]
-    file = cache / f"toy2d-{config.data}-{name}.safetensors"
+    file = files.cached(f"toy2d-{config.data}-{name}.safetensors")
     if not file.exists():
         train(net, config, data)
         if not all(weight.isfinite().all() for weight in net.parameters()):
             raise disback.Refusal("the teacher's training diverged: try a lower --teacher-lr")
-        disback.save_tensors(file, net.state_dict())
-    disback.load_net(file, net, "remove it, and the next run trains the teacher again")
-    return net, disback.sha256(file)
+        files.save_tensors(file, net.state_dict())
+    files.load_net(file, net, "remove it, and the next run trains the teacher again")
+    return net, files.sha256(file)
 
 
 def train(net: model.Denoiser, config: Config, data: mixture.Mixture) -> None:

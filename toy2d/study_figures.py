@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-import disback
-from toy2d import study
-from toy2d.figures import DATA, OTHER, STUDENT, TARGET, plt, save
+from runtime import files
+from runtime.plots import DATA, OTHER, STUDENT, TARGET, plt, readable, save
+from runtime.study import first_reach, median_interval, paired_ratio
+from toy2d import study_grid as study
 
 COLORS = {"disback": STUDENT, "vsd_tuned": TARGET, "vsd": OTHER}
 NAMES = {
@@ -27,35 +28,6 @@ Lines = dict[tuple, dict]
 
 
 # ----------------------------------------------------------------------------------- statistics
-
-
-def median_interval(values: Sequence[float], draws: int = 4000) -> tuple[float, float, float]:
-    """The median of values, inf allowed, and its 95% bootstrap interval, from fixed draws."""
-    values = np.asarray(values, float)
-    picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
-    medians = np.sort(np.median(values[picks], axis=1))
-    low, high = medians[math.floor(0.025 * draws)], medians[math.ceil(0.975 * draws) - 1]
-    return float(np.median(values)), float(low), float(high)
-
-
-def first_reach(evals: Sequence[float], swd: Sequence[float], level: float) -> float:
-    """The evaluations after which a curve first lies at or below `level`, log-linear between its
-    points; inf if it never does. Before its first point nothing is known: it counts as that."""
-    for i, value in enumerate(swd):
-        if value <= level:
-            if i == 0 or value == level:
-                return evals[i]
-            share = math.log(swd[i - 1] / level) / math.log(swd[i - 1] / value)
-            return evals[i - 1] + share * (evals[i] - evals[i - 1])
-    return math.inf
-
-
-def paired_ratio(ours: float, theirs: float, budget: float) -> float:
-    """Ours over theirs for one seed. Where only theirs is never reached, their whole budget stands
-    for it (the ratio is at most that); where only ours is, inf; where neither is, a draw, 1."""
-    if math.isinf(ours) and math.isinf(theirs):
-        return 1.0
-    return ours / min(theirs, budget)
 
 
 def judged(grid: study.Grid, lines: Lines, cell: str, arm: str) -> list[dict]:
@@ -127,7 +99,7 @@ def draw(out: Path, grid: study.Grid, lines: Lines) -> None:
     """Write the six figures and summary.json to `out`; what has no lines yet is left out."""
     rows = rounded(table(grid, lines))
     text = ",\n".join(json.dumps(row) for row in rows)
-    disback.atomically(out / "summary.json", lambda file: file.write_text(f"[{text}]\n"))
+    files.atomically(out / "summary.json", lambda file: file.write_text(f"[{text}]\n"))
     for name, figure in (("map", draw_map), ("convergence", draw_convergence),
                          ("halves", draw_halves), ("ablation", draw_ablation),
                          ("trade", draw_trade), ("rates", draw_rates)):
@@ -370,14 +342,6 @@ def over_evaluations(axis: plt.Axes, cell: str) -> None:
     axis.set(yscale="log", xlabel="network evaluations, thousands (stage 1 included)")
     axis.set_title(title(cell), fontsize=10)
     readable(axis)
-
-
-def readable(axis: plt.Axes) -> None:
-    """Plain numbers on a logarithmic y axis."""
-    axis.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
-    axis.grid(alpha=0.25)
 
 
 def title(cell: str) -> str:

@@ -1,0 +1,99 @@
+"""Files: written whole or not at all, read strictly, and the cache."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from disback import Refusal, load_strictly
+from runtime.place import gathered
+from runtime.ranks import rank
+
+UNFINISHED = ".unfinished"  # ends the name of a file that is being written
+
+
+@contextlib.contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Refuse, in the words of `what`, to go on with what fails inside: a file, mostly."""
+    try:
+        yield
+    except Refusal:
+        raise
+    except Exception as error:  # a file that is broken can fail in any way
+        if out_of_memory(error):
+            raise
+        raise Refusal(f"{what} ({type(error).__name__}: {str(error)[:300]})") from error
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory was short; torch has no class of its own for that on the CPU."""
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def atomically(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
+    """Write beside `file`, then rename: whatever happens, `file` is whole, the old or the new. Only
+    the first rank writes."""
+    if rank() > 0:
+        return
+    beside = file.with_name(f".{file.name}.{os.getpid()}{UNFINISHED}")
+    try:
+        with blame(f"cannot write {file}; what it held is kept"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write(beside)
+            with open(beside, "rb+") as handle:
+                os.fsync(handle.fileno())
+            os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def sweep(out: pathlib.Path) -> None:
+    """Remove what a killed run left half written in its folder."""
+    for folder in (out, out / "snapshots"):
+        # The second is safetensors' own way to write a file.
+        for torn in (*folder.glob(f".*{UNFINISHED}"), *folder.glob(".tmp??????")):
+            torn.unlink()
+
+
+def save_tensors(file: pathlib.Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors, whole where they are in shards: every rank must call it."""
+    found = {}
+    for name, tensor in tensors.items():
+        tensor = gathered(tensor)
+        if rank() == 0:
+            found[name] = tensor.contiguous()
+    atomically(file, lambda beside: save_file(found, beside))
+
+
+def load_net(file: pathlib.Path, net: nn.Module, remedy: str = "make it again") -> None:
+    """Copy the weights in `file` over those of `net`, in place: all and only those, or Refusal."""
+    with blame(f"{file} does not hold this network: {remedy}"):
+        load_strictly(net, load_file(file))
+
+
+def save_json(file: pathlib.Path, value: Any) -> None:
+    atomically(file, lambda beside: beside.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def load_json(file: pathlib.Path, remedy: str) -> dict:
+    with blame(f"{file} cannot be read: {remedy}"):
+        return dict(json.loads(file.read_text()))
+
+
+def sha256(file: pathlib.Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def cached(name: str) -> pathlib.Path:
+    """The file of that name in the cache, $DISBACK_CACHE or ~/.cache/disback."""
+    home = pathlib.Path.home() / ".cache" / "disback"
+    return pathlib.Path(os.environ.get("DISBACK_CACHE", home)) / name

@@ -1,0 +1,94 @@
+"""What a stage asks of a problem, and the settings that all problems share."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from disback import Refusal
+
+
+def setting(default: Any, text: str, zero: bool = False, below: float = math.inf,
+            flag: bool = True) -> Any:
+    """A field of a Config, and a flag of the command line unless told otherwise, explained by
+    `text`. A number must be above 0, or may be that as well if `zero`, and `below` a limit."""
+    return dataclasses.field(default=default, metadata={
+        "help": text, "zero": zero, "below": below, "flag": flag})
+
+
+def flag_of(name: str) -> str:
+    """The flag that sets a field: both stages call their number of steps --steps."""
+    name = "steps" if name in ("degrade_steps", "backtrack_steps") else name
+    return "--" + name.replace("_", "-")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The settings that every problem has. A preset is a Config; every field of it is a flag."""
+
+    degrade_steps: int = setting(200, "training steps of this stage")
+    backtrack_steps: int = setting(2000, "iterations: an update of the student, then the fake's")
+    batch: int = setting(512, "samples in a batch, of all ranks together")
+    nodes: int = setting(10, "N, the nodes that are recorded after the teacher")
+    spacing: Literal["arc", "linear", "log"] = setting("arc", "where nodes are recorded: at equal "
+                                                       "distances in function space, or by steps")
+    interval: int = setting(10, "iterations that the target stays at a node")
+    switch: Literal["interval", "adaptive"] = setting(
+        "interval", "when the target moves on; adaptive: once the fake has caught up")
+    weighting: Literal["score", "eps", "x0", "dmd"] = setting("eps", "w(sigma) of Eq. 8")
+    lr_student: float = setting(6e-3, "learning rate of the student")
+    lr_fake: float = setting(6e-3, "learning rate of the fake")
+    lr_degrade: float = setting(2e-3, "learning rate of the degrading teacher")
+    fake_updates: int = setting(1, "updates of the fake after each of the student")
+    beta1: float = setting(0.0, "of Adam", zero=True, below=1)
+    beta2: float = setting(0.999, "of Adam", zero=True, below=1)
+    weight_decay: float = setting(0.0, "of AdamW; 0 makes it Adam", zero=True)
+    decay: Literal["cosine", "constant"] = setting("cosine", "of the learning rates of stage 2")
+    ema: float = setting(0.95, "decay of the student's moving average; 0: no average",
+                         zero=True, below=1)
+    save_every: int = setting(100, "iterations between checkpoints")
+    log_every: int = setting(25, "iterations between lines of log.jsonl")
+    precision: Literal["fp32", "bf16"] = setting(
+        "fp32", "of the networks' arithmetic; weights are fp32")
+
+    def __post_init__(self) -> None:
+        """Refuse what a field's Literal does not name, and numbers that are out of range."""
+        for field in dataclasses.fields(self):
+            value, choices, flag = getattr(self, field.name), get_args(field.type), flag_of(
+                field.name)
+            if choices and value not in choices:
+                raise Refusal(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
+            zero, below = field.metadata["zero"], field.metadata["below"]
+            if field.type in (int, float) and not (0 < value < below or zero and value == 0):
+                least = "at least" if zero else "above"
+                raise Refusal(f"{flag} must be {least} 0 and below {below}, not {value}")
+        if self.nodes > self.degrade_steps:
+            raise Refusal(f"--nodes must be at most {self.degrade_steps}, the --steps of stage 1")
+
+
+@dataclasses.dataclass
+class Problem:
+    """All that a stage asks of a problem; sigma comes in a shape that broadcasts against x, and z
+    in the shape of x0."""
+
+    config: Config
+    about: dict  # what a path and the run that walks it must share
+    teacher: nn.Module  # D(x, sigma, cond) -> x0
+    student: nn.Module  # the generator's network at its initial state
+    generate: Callable  # (student, z, cond) -> x0, in one step
+    sample_inputs: Callable  # n -> (z, cond)
+    sample_sigma: Callable  # n -> sigma for score matching
+    sample_sigma_vsd: Callable  # n -> sigma for the student's update
+    score_weight: Callable  # sigma -> weight of the score-matching loss
+    evaluate: Callable  # student -> {name: number}, leaving torch's random state alone
+    draw: Callable  # (run folder, path or None, another run's folder or None): the figures
+    snapshot: Callable  # () -> (z, cond) of the samples kept at every checkpoint and switch
+    guide: Callable = lambda net, x, sigma, cond: net(x, sigma, cond)  # guidance of the target
+    guide_evals: int = 1  # forwards of the network in a call of guide
+    clip: float = math.inf  # the largest norm of a gradient
+    disk: int = 0  # bytes that must be free before a path is recorded
+    pack: Callable = nn.Module.state_dict  # net -> the tensors that are stored of a node
+    load_node: Callable | None = None  # (node's file, net), where pack stores something else
+    blocks: tuple[type, ...] = ()  # kinds of layers that are sharded and compiled one at a time
