@@ -428,7 +428,7 @@ def test_features_and_covariances_that_cannot_be_are_refused():
     (["objects.npz"], "objects.npz"), (["empty.npz"], "2 images"), ([], "RUN")])
 def test_the_command_refuses_by_name(monkeypatch, tmp_path, inception, argv, cause):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fid, "files", lambda args: inception)
+    monkeypatch.setattr(fid, "inception_files", lambda args: inception)
     save_images("x.npz", IMAGES[:10].repeat(1, 1, 4, 4))
     save_images("empty.npz", IMAGES[:0].repeat(1, 1, 4, 4))
     np.savez("flat.npz", np.zeros((10, 64), dtype=np.uint8))
