@@ -33,10 +33,13 @@ class Networks:
     def __init__(self, args: Any, problem: Problem, path: disback.DegradationPath | None):
         self.problem, self.config = problem, problem.config
         self.student, self.target = problem.student, problem.teacher
-        self.fake, self.average = copy.deepcopy(problem.teacher), copy.deepcopy(problem.student)
+        self.fake = copy.deepcopy(problem.teacher)
+        # With --ema 0 the student is its own average: SDXL is spared 10 GB.
+        self.average = copy.deepcopy(self.student) if self.config.ema > 0 else self.student
         for net in (self.student, self.fake, self.target):
             place.ready(net, args, problem.blocks)
-        place.ready(self.average, args, problem.blocks, compiled=False)  # called seldom
+        if self.average is not self.student:
+            place.ready(self.average, args, problem.blocks, compiled=False)  # called seldom
         if args.fake_init == "degraded":
             path.load(len(path) - 1, self.fake)
         self.scheduler = disback.PathScheduler(path if args.target == "path" else None, self.target,
@@ -73,7 +76,8 @@ class Networks:
         self.adams["student"].step()
         self.adams["student"].zero_grad()
         self.rates["student"].step()
-        disback.update_average(self.average, self.student, self.config.ema)
+        if self.average is not self.student:
+            disback.update_average(self.average, self.student, self.config.ema)
         return samples, ranks.mean_over_ranks(sum(mismatches) * (1 / len(parts)))
 
     def fresh_samples(self) -> list[tuple]:

@@ -17,7 +17,7 @@ class Recorder:
 
     "linear" and "log" space the others in steps. "arc" spaces them equally in disback.distance
     from the teacher on `samples`, the student's noised ones as (x, sigma, cond) for each part of a
-    batch: it writes 2N states at log-spaced steps and drops the most crowded in the end. pack(net)
+    batch: it writes 4N states at log-spaced steps and drops the most crowded in the end. pack(net)
     are the tensors to store of a node after the first, write(file, tensors) stores them.
     """
 

@@ -48,7 +48,7 @@ def table(unet_config: dict, config: Any, side: int) -> str:
         rows += [(f"batch {batch}: activations, about", taken, taken),
                  (f"batch {batch}: in all, about", static[0] + taken, static[1] + taken)]
     node = trained / 2 if config.store == "bf16" else trained
-    most = config.nodes * (2 if config.spacing == "arc" else 1)
+    most = candidates(config)
     disk = [("the path", trained + config.nodes * node, trained + most * node),
             ("a checkpoint of stage 1", 3 * trained, 6 * trained),
             ("a checkpoint of stage 2", 7 * trained, 14 * trained),
@@ -63,9 +63,13 @@ def table(unet_config: dict, config: Any, side: int) -> str:
 def path_bytes(teacher: nn.Module, config: Any) -> int:
     """What stage 1 takes on disk at most: node 0, candidates, a checkpoint and the next one."""
     weights = teacher.state_dict().values()
-    candidates = config.nodes * (2 if config.spacing == "arc" else 1)
-    return sum(7 * w.nbytes + candidates * (2 * w.numel() if config.store == "bf16" else w.nbytes)
-               for w in weights)
+    return sum(7 * w.nbytes + candidates(config) * (
+        2 * w.numel() if config.store == "bf16" else w.nbytes) for w in weights)
+
+
+def candidates(config: Any) -> int:
+    """The states that degrade.Recorder writes after node 0, before it thins them to nodes."""
+    return min(4 * config.nodes, config.degrade_steps) if config.spacing == "arc" else config.nodes
 
 
 def adapter_parameters(unet: nn.Module, rank: int) -> int:

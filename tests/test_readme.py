@@ -5,11 +5,12 @@ import copy
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import disback
 from toy2d import model, problem
@@ -18,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_example_adds_backtracking_to_somebody_elses_loop(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len([line for line in code.splitlines() if line and not line.startswith("#")]) <= 20
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -42,6 +43,52 @@ def test_the_example_adds_backtracking_to_somebody_elses_loop(tmp_path, monkeypa
     assert torch.equal(targets[-1], original.net[0].weight)
     last = load_file(tmp_path / "my_path" / "10.safetensors")
     assert torch.equal(names["fake"].net[0].weight, last["net.0.weight"])
+
+
+def test_the_example_adds_backtracking_to_a_loop_in_dmd2s_style(tmp_path, monkeypatch):
+    _, code = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(code.splitlines()) <= 20
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config, teacher = problem.Config(width=8, depth=1), model.Denoiser(8, 1, 1.0)
+    nodes = [model.Denoiser(8, 1, 1.0).state_dict() for _ in range(3)]  # 0 is the teacher
+    nodes[0] = copy.deepcopy(teacher.state_dict())
+    (tmp_path / "my_path").mkdir()
+    for i, weights in enumerate(nodes):
+        save_file(weights, tmp_path / "my_path" / f"step-{i}.safetensors")
+    disback.DegradationPath.create(
+        tmp_path / "my_path", [tmp_path / "my_path" / f"step-{i}.safetensors" for i in range(3)],
+        steps=[0, 1, 2], positions=[0, 1, 2])
+    guidance, seen, start = SimpleNamespace(
+        real_unet=copy.deepcopy(teacher), fake_unet=copy.deepcopy(teacher)), [], []
+
+    def distribution_matching_loss(x0):
+        seen.append(("real", copy.deepcopy(guidance.real_unet.state_dict())))
+        sigma = problem.karras_sigma(len(x0), config)
+        return disback.vsd_loss(x0, sigma, guidance.fake_unet, guidance.real_unet, None, "dmd")[0]
+
+    def fake_loss(x0):
+        start.append(copy.deepcopy(guidance.fake_unet.state_dict()))
+        seen.append(("fake", None))
+        return disback.score_matching_loss(guidance.fake_unet, x0,
+                                           problem.karras_sigma(len(x0), config))
+
+    guidance.distribution_matching_loss, guidance.fake_loss = distribution_matching_loss, fake_loss
+    generator = problem.Untrained(config)
+    before = copy.deepcopy(generator.state_dict())
+    exec(code, dict(
+        disback=disback, guidance=guidance, generator=generator, steps=5 * 25,
+        draw_z=lambda: torch.randn(16, 2),
+        generator_optimizer=torch.optim.Adam(generator.parameters()),
+        fake_optimizer=torch.optim.Adam(guidance.fake_unet.parameters())))
+    assert [kind for kind, _ in seen] == (["real"] + 5 * ["fake"]) * 25
+    targets = [weights for kind, weights in seen if kind == "real"]
+    for cycle, weights in enumerate(targets):  # node 1 for ten cycles, then the teacher
+        expected = nodes[1 if cycle < 10 else 0]
+        assert all(torch.equal(weights[name], expected[name]) for name in expected), cycle
+    assert all(torch.equal(start[0][name], nodes[2][name]) for name in nodes[2])
+    for net, old in ((guidance.fake_unet, nodes[2]), (generator, before)):
+        assert not torch.equal(net.state_dict()["net.0.weight"], old["net.0.weight"])
 
 
 def test_the_file_map_tells_each_files_length():

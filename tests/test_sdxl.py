@@ -400,10 +400,10 @@ def test_after_a_switch_the_targets_weights_are_the_nodes(recorded, tiny):
 
 def test_a_disk_without_room_for_the_path_is_refused_before_anything_is_written(
         tmp_path, monkeypatch):
-    # Node 0; 2N differences of 2 bytes; a checkpoint, weights and two moments, and the next.
-    free = 261_684 * 4 + 2 * 3 * 261_684 * 2 + 2 * 3 * 261_684 * 4 - 10_000
+    # Node 0; 4N differences of 2 bytes; a checkpoint, weights and two moments, and the next.
+    free = 261_684 * 4 + 4 * 3 * 261_684 * 2 + 2 * 3 * 261_684 * 4 - 10_000
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
-    argv = ["sdxl", "--out", str(tmp_path / "run"), *SMALL, "--steps", "3", "--nodes", "3"]
+    argv = ["sdxl", "--out", str(tmp_path / "run"), *SMALL, "--steps", "12", "--nodes", "3"]
     with pytest.raises(disback.Refusal, match="GB free"):
         degrade.main(argv)
     assert not (tmp_path / "run").exists()
