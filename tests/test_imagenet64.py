@@ -329,8 +329,8 @@ def test_a_path_of_another_noise_level_is_refused_naming_it(run, tmp_path):
 
 
 def test_the_images_are_the_presets():
-    with pytest.raises(disback.Refusal, match="--preset tiny"):
-        make(problem, "tiny", images="imagenet")
+    with pytest.raises(disback.Refusal, match="--images"):
+        degrade.main(["imagenet64", "--images", "imagenet"])
 
 
 def test_a_conversion_that_is_of_no_use_is_not_kept(monkeypatch, tmp_path):
