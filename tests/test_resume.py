@@ -233,11 +233,11 @@ def test_outside_the_loop_signals_do_what_they_did(recorded, tmp_path, no_figure
     def mine(*_):
         raise AssertionError
 
-    before = signal.signal(signal.SIGTERM, mine)
+    before, interrupt = signal.signal(signal.SIGTERM, mine), signal.getsignal(signal.SIGINT)
     try:
         shutil.copytree(recorded / "path", tmp_path / "path")
         backtrack.main(["toy2d", "--out", str(tmp_path), *BACKTRACK])
         assert signal.getsignal(signal.SIGTERM) is mine
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is interrupt
     finally:
         signal.signal(signal.SIGTERM, before)
