@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 import disback
@@ -27,7 +27,7 @@ class Recorder:
                  write: Callable[[Path, dict[str, Tensor]], None] | None = None):
         assert 1 <= nodes <= steps
         self.folder, self.nodes, self.samples, self.pack = Path(folder), nodes, samples, pack
-        self.write = write or (lambda file, tensors: save_file(tensors, file))
+        self.write = write or (lambda file, tensors: file.write_bytes(save(tensors)))
         count = min(4 * nodes, steps) if spacing == "arc" else nodes
         self.candidates = {0, *(round(steps * i / count) if spacing == "linear" else
                                 max(i, int(steps ** (i / count))) for i in range(1, count + 1))}
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
         path = open_path(out, problem)
         if ranks.rank() == 0:
             (out / "state.pt").unlink(missing_ok=True)
-            print(f"{out} is recorded already, {len(path) - 1} nodes: --overwrite records it again")
+            print(f"{len(path) - 1} nodes are recorded already in {out}")
         return
     degraded = copy.deepcopy(problem.teacher)  # s'_theta, which forgets on the way to the student
     for net in (problem.teacher, problem.student, degraded):
@@ -129,6 +129,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from runtime import cli
+    from runtime import command
 
-    cli.run(main)
+    command.run(main, "lower --batch, or raise --accumulate")

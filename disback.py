@@ -124,10 +124,13 @@ class DegradationPath:
             self.about = dict(json.loads(file.read_text()))
             count, farthest = len(self.about["steps"]), float(self.about["positions"][-1])
             self.mean_gap = farthest / (count - 1)
+            assert 0 <= farthest < float("inf")
             self.files = [self.folder / f"{node:02d}.safetensors" for node in range(count)]
             for file in self.files:
                 with safe_open(file, "pt"):  # reads names and shapes alone
                     pass
+        except PermissionError:
+            raise
         except Exception as error:
             raise Refusal(f"{file} is missing or broken: record the path with degrade.py "
                           f"({type(error).__name__}: {error})") from error
@@ -140,6 +143,7 @@ class DegradationPath:
             if node.exists():  # a run that was killed here has renamed it already
                 os.replace(node, folder / f"{i:02d}.safetensors")
         beside = folder / "path.json.unfinished"
+        beside.unlink(missing_ok=True)  # a killed run's, or a link to elsewhere
         beside.write_text(json.dumps(about, indent=1) + "\n")
         os.replace(beside, folder / "path.json")
         return cls(folder)

@@ -189,7 +189,7 @@ def dying(optimizer):
         os.kill(os.getpid(), 9)
     average(optimizer)
 ranks.average_gradients = dying
-cli.run(backtrack.main)
+command.run(backtrack.main)
 """)
     said, code = torchrun(driver, "toy2d", "--out", tmp_path, *BACKTRACK)
     assert code != 0 and "Signal 9" in said

@@ -3,7 +3,7 @@
 from typing import Any
 
 import backtrack
-from runtime import bench, cli
+from runtime import bench, command
 from runtime.interface import Problem
 from toy2d import mixture, model, problem
 
@@ -18,4 +18,4 @@ def make(config: problem.Config, seed: int, device: Any) -> Problem:
 BENCH = bench.Bench("toy2d", make, backtrack)
 
 if __name__ == "__main__":
-    cli.run(lambda argv: bench.main(BENCH, 500, argv))
+    command.run(lambda argv: bench.main(BENCH, 500, argv), "lower --batch, or raise --accumulate")

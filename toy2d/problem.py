@@ -46,6 +46,8 @@ class Config(interface.Config):
 # Adam without momentum and one update of the fake, the defaults, are Diff-Instruct's; the average
 # is short as the run is short.
 PRESETS = {name: Config(data=name) for name in ("ring", "grid", "uneven")}
+WRITES = tuple(f"figures/{name}" for name in (
+    "mismatch.png", "path.png", "convergence.png", "backtracking.gif"))
 OF_TEACHER = ("data", "width", "depth", "sigma_data", "sigma_min", "sigma_max",
               "teacher_steps", "teacher_batch", "teacher_lr")
 OF_PATH = (*OF_TEACHER, "start", "distance", "start_sigma")  # the student's start as well
@@ -139,7 +141,8 @@ def trained_teacher(config: Config, data: mixture.Mixture) -> tuple[model.Denois
     name = hashlib.sha256(depends_on.encode()).hexdigest()[:16]
     file = files.cached(f"toy2d-{config.data}-{name}.safetensors")
     if not file.exists():
-        train(net, config, data)
+        with files.lost("the teacher in training: the next run begins it again"):
+            train(net, config, data)
         if not all(weight.isfinite().all() for weight in net.parameters()):
             raise disback.Refusal("the teacher's training diverged: try a lower --teacher-lr")
         files.save_tensors(file, net.state_dict())
