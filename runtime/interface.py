@@ -43,7 +43,7 @@ class Config:
     interval: int = stage2(10, "iterations that the target stays at a node")
     switch: Literal["interval", "adaptive"] = stage2(
         "interval", "when the target moves on; adaptive: once the fake has caught up")
-    weighting: Literal["score", "eps", "x0", "dmd"] = stage2("eps", "w(sigma) of Eq. 8")
+    weighting: Literal["score", "eps", "half", "x0", "dmd"] = stage2("eps", "w(sigma) of Eq. 8")
     lr_student: float = stage2(6e-3, "learning rate of the student")
     lr_fake: float = stage2(6e-3, "learning rate of the fake")
     lr_degrade: float = stage1(2e-3, "learning rate of the degrading teacher")
