@@ -214,11 +214,19 @@ def test_shares_are_disjoint_and_make_up_the_batch(monkeypatch):
 
 def test_sharded_sdxl_records_and_learns_what_accumulation_does_on_one_rank(tmp_path, monkeypatch):
     """Nodes are differences to the teacher, of shards. Adam magnifies rounding where gradients
-    vanish, so all weights are compared as one."""
-    from sdxl import problem
+    vanish, so all weights are compared as one. A UNet of few tensors, as FSDP2 reasons on each."""
+    from diffusers import UNet2DConditionModel
+
+    from sdxl import problem, tiny
 
     monkeypatch.setattr(problem.figures, "draw", lambda *args: None)
-    flags = ["sdxl", "--batch", "2", "--nodes", "2", "--steps"]
+    pipe = tiny.pipeline()
+    pipe.unet = UNet2DConditionModel.from_config(dict(pipe.unet.config) | dict(
+        block_out_channels=(16,), attention_head_dim=2, transformer_layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",), mid_block_type=None,
+        up_block_types=("UpBlock2D",)))
+    pipe.save_pretrained(tmp_path / "model")
+    flags = ["sdxl", "--model", str(tmp_path / "model"), "--batch", "2", "--nodes", "2", "--steps"]
     two, one = tmp_path / "two", tmp_path / "one"
     said, codes = two_ranks(stages(
         ["degrade", *flags, 2, "--shard", "--out", two],
