@@ -207,8 +207,8 @@ def digits_teacher(config: Config) -> Path:
     """The file of the digits' teacher: in the cache, or trained into it, under the hash of all that
     it depends on; no seed of the student's changes it."""
     source = "".join(map(inspect.getsource, (edm, digits.load, train)))
-    depends_on = repr([getattr(config, name) for name in OF_TEACHER]) + source + torch.__version__
-    name = hashlib.sha256(depends_on.encode()).hexdigest()[:16]
+    of_config = [NETWORKS["digits"], *(getattr(config, name) for name in OF_TEACHER)]
+    name = hashlib.sha256((repr(of_config) + source + torch.__version__).encode()).hexdigest()[:16]
     file = files.cached(f"digits-teacher-{name}.safetensors")
     if not file.exists():
         torch.manual_seed(0)

@@ -1,30 +1,52 @@
 """The check of a machine, on this one."""
 
+from concurrent.futures import Future
+
 import pytest
 import torch
 
+import backtrack
+import degrade
 import disback
 from runtime import check
 
-# A stage, as a process of its own, without its figures.
-STAGE = """
-import sys
-import backtrack, degrade
-from toy2d import figures
-figures.draw = lambda *args: None
-{"degrade.py": degrade, "backtrack.py": backtrack}[sys.argv[1]].main(sys.argv[2:])
-"""
+
+class Here:
+    """A pool that does the work at once: a stage in this process must be in its first thread."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, work, *args):
+        future = Future()
+        future.set_result(work(*args))
+        return future
 
 
-def test_the_table_of_a_machine_that_is_sound(capsys, monkeypatch):
-    stage = check.stage
-    monkeypatch.setattr(check, "stage", lambda *argv: stage("-c", STAGE, *argv))
+def here(file, *argv):
+    """A stage in this process, where torch is imported already."""
+    {"degrade.py": degrade, "backtrack.py": backtrack}[file].main([*map(str, argv)])
+    return ""
+
+
+def test_the_table_of_a_machine_that_is_sound(capsys, monkeypatch, no_figures):
+    monkeypatch.setattr(check, "ThreadPoolExecutor", Here)
+    monkeypatch.setattr(check, "stage", here)
     with pytest.raises(SystemExit) as ended:
         check.main(["toy2d", "--steps", "8"])
     first, head, *rows = capsys.readouterr().out.splitlines()
     assert ended.value.code == 0 and torch.__version__ in first and head.startswith("problem")
+    rows = [row for row in rows if row.startswith("toy2d")]
     assert len(rows) == (7 if torch.cuda.is_available() else 5)
-    assert all(row.startswith("toy2d") and row.endswith(" ok") for row in rows)
+    assert all(row.endswith(" ok") for row in rows)
+
+
+def test_a_stage_that_fails_is_told_by_its_last_line_and_another_by_none(monkeypatch):
+    assert check.stage("-c", "raise SystemExit('a\\nout of luck')") == "out of luck"
+    assert check.stage("-c", "pass") == ""
 
 
 def test_a_loss_that_is_not_the_cpus_and_a_stage_that_ends_badly_fall_short(capsys, monkeypatch):

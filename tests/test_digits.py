@@ -1,13 +1,9 @@
 """The digits against what UCI says of them, and their classifier."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from processes import Started
 
 from imagenet64 import digits
 
@@ -95,13 +91,13 @@ def test_the_classifier_is_trained_once_and_again_when_its_training_changes(
 
 def test_the_classifier_does_not_depend_on_the_number_of_threads(tmp_path):
     """Two processes, as torch sets up its threads once."""
-    code = ("import torch; torch.set_num_threads({}); from imagenet64 import digits; "
-            "digits.STEPS = 5; digits.classifier()")
     contents = []
     for threads in (1, 2):
         cache = tmp_path / str(threads)
-        subprocess.run([sys.executable, "-c", code.format(threads)], cwd=ROOT, check=True,
-                       capture_output=True, env=os.environ | {"DISBACK_CACHE": str(cache)})
+        said, code = Started(
+            f"import torch; torch.set_num_threads({threads}); from imagenet64 import digits; "
+            "digits.STEPS = 5; digits.classifier()", DISBACK_CACHE=str(cache)).ended()
+        assert code == 0, said
         (file,) = cache.iterdir()
         contents.append((file.name, file.read_bytes()))
     assert contents[0] == contents[1]

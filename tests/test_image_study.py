@@ -30,7 +30,7 @@ class Evaluation:
 
 
 @pytest.fixture(autouse=True)
-def small(tmp_path, monkeypatch):
+def small(small_digits, tmp_path, monkeypatch):
     """A grid of two arms, two rates and two judging seeds, and files of its own."""
     files = {"FILE": tmp_path / "lines.jsonl", "FIGURE": tmp_path / "study.png"}
     for name, value in (GRID | files).items():

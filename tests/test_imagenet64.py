@@ -19,13 +19,14 @@ import disback
 from imagenet64 import digits, download, edm, features, problem, sample
 from runtime import files
 
+pytestmark = pytest.mark.usefixtures("small_digits")
 SMALL = ["--teacher-steps", "2", "--batch", "8", "--log-every", "3"]
 DEGRADE = ["imagenet64", *SMALL, "--steps", "4", "--nodes", "2"]
 BACKTRACK = ["imagenet64", *SMALL, "--steps", "6", "--interval", "2", "--save-every", "3"]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(small_digits, tmp_path_factory):
     """A finished run of both stages; copy it before writing to it."""
     out = tmp_path_factory.mktemp("run")
     degrade.main([*DEGRADE, "--out", str(out)])

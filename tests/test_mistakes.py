@@ -4,14 +4,15 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
-import subprocess
+import signal
 import sys
 import types
 
 import pytest
 import torch
-from conftest import BACKTRACK, DEGRADE, ROOT, SMALL
+from conftest import BACKTRACK, DEGRADE, SMALL
 
 import backtrack
 import degrade
@@ -237,26 +238,21 @@ def test_degrading_that_diverges_stops_with_its_step(capsys, monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("save", [
-    "files.save_tensors(file, {'x': torch.zeros(100_000)})",
-    "files.save_json(file, list(range(100_000)))",
-    "files.atomically(file, lambda f: torch.save(torch.zeros(100_000), f))"])
-def test_a_disk_that_fills_while_saving_leaves_the_old_file(tmp_path, save):
+    lambda file: files.save_tensors(file, {"x": torch.zeros(100_000)}),
+    lambda file: files.save_json(file, [*range(100_000)]),
+    lambda file: files.atomically(file, lambda f: torch.save(torch.zeros(100_000), f))])
+def test_a_disk_that_fills_while_saving_leaves_the_old_file(capsys, monkeypatch, tmp_path, save):
     """A limit on the size of files stands for the full disk: writing beyond it fails alike."""
     file = tmp_path / "kept"
     file.write_text("old")
-    code = f"""
-import resource, signal, sys
-from pathlib import Path
-import torch
-from runtime import command, files
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-file = Path({str(file)!r})
-command.run(lambda argv: {save})
-"""
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 2, ended.stderr
-    assert ended.stderr.startswith("error: cannot write") and ended.stderr.count("\n") == 1
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+        line = refused(capsys, monkeypatch, lambda argv: save(file), [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert line.startswith("error: cannot write")
     assert file.read_text() == "old" and os.listdir(tmp_path) == ["kept"]
 
 

@@ -1,19 +1,16 @@
 """However many ranks, shards or backward passes share a batch, the same is learnt."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import BACKTRACK, DEGRADE, ROOT
+from conftest import BACKTRACK, DEGRADE
 from PIL import Image
+from processes import Started, two_ranks
 from safetensors.torch import load_file
 
 import backtrack
@@ -21,43 +18,20 @@ import degrade
 import disback
 from runtime import place, ranks
 
-# What each of two ranks runs: stages, one after the other, and what is done to them first.
-RANK = """
-import json, os, sys
+
+def stages(*words, first=""):
+    """Code that runs stages (name, *argv) without figures; `first` comes before them."""
+    argv = [[str(word) for word in stage] for stage in words]
+    return f"""
+import os, sys
 import backtrack, degrade, disback
 from runtime import cli, files, place, ranks, results, run
 from toy2d import figures
 figures.draw = lambda *args: None
-first, stages = json.loads(sys.argv[1])
-exec(first)
-for name, *argv in stages:
-    {"degrade": degrade, "backtrack": backtrack}[name].main(argv)
+{first}
+for name, *argv in {argv!r}:
+    dict(degrade=degrade, backtrack=backtrack)[name].main(argv)
 """
-
-
-def two_ranks(*stages, first=""):
-    """Run stages (name, *argv) on two ranks, as torchrun starts them but with less to import; what
-    they said, and their exit statuses."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    argv = json.dumps([first, [[str(word) for word in stage] for stage in stages]])
-    ranks = [subprocess.Popen(
-        [sys.executable, "-c", RANK, argv], cwd=ROOT, text=True, stderr=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
-                          "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
-        for rank in range(2)]
-    said = [rank.communicate(timeout=300)[1] for rank in ranks]
-    return "".join(said), [rank.returncode for rank in ranks]
-
-
-def torchrun(*argv):
-    """A run of two ranks as a user starts it; what it said, and its exit status."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc-per-node", "2", *map(str, argv)], cwd=ROOT, text=True,
-                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          timeout=300)
-    return done.stderr, done.returncode
 
 
 def weights(out):
@@ -105,8 +79,8 @@ def assert_same_run(out, alone):
 @pytest.mark.parametrize("flags", [["--shard"], ["--accumulate", "4", "--fake-updates", "2"]])
 def test_two_ranks_learn_what_one_does(recorded, alone, tmp_path, no_figures, flags):
     out = ["toy2d", "--out", tmp_path]
-    said, codes = two_ranks(["degrade", *out, *DEGRADE, *flags],
-                            ["backtrack", *out, *BACKTRACK, *flags])
+    said, codes = two_ranks(stages(["degrade", *out, *DEGRADE, *flags],
+                                   ["backtrack", *out, *BACKTRACK, *flags]))
     assert codes == [0, 0], said
     if "--fake-updates" in flags:
         alone = tmp_path / "alone"
@@ -115,10 +89,13 @@ def test_two_ranks_learn_what_one_does(recorded, alone, tmp_path, no_figures, fl
     assert_same_run(tmp_path, alone)
 
 
-def test_torchrun_takes_both_stages_and_the_figures_are_drawn(alone, tmp_path):
-    for stage, argv in (("degrade.py", DEGRADE), ("backtrack.py", BACKTRACK)):
-        said, code = torchrun(stage, "toy2d", "--out", tmp_path, *argv)
-        assert code == 0, said
+def test_torchrun_starts_the_ranks_and_one_of_them_draws_the_figures(recorded, alone, tmp_path):
+    shutil.copytree(recorded / "path", tmp_path / "path")
+    argv = ["--standalone", "--nproc-per-node", "2", "backtrack.py", "toy2d", "--out",
+            str(tmp_path), *BACKTRACK]
+    said, code = Started(f"from torch.distributed import run; run.main({argv!r})",
+                         OMP_NUM_THREADS="1").ended()
+    assert code == 0, said
     assert_same_run(tmp_path, alone)
     assert len(list((tmp_path / "figures").iterdir())) == 4
 
@@ -147,7 +124,7 @@ def test_a_signal_to_one_of_two_sharded_ranks_saves_a_checkpoint_that_one_rank_r
     """Also where the first rank takes its time to write, and the signal is repeated."""
     shutil.copytree(recorded / "path", tmp_path / "path")
     argv = ["toy2d", "--out", tmp_path, *BACKTRACK]
-    said, codes = two_ranks(["backtrack", *argv, "--shard"], first=f"""
+    said, codes = two_ranks(stages(["backtrack", *argv, "--shard"], first=f"""
 import signal, time, torch
 stop_asked, save, leave, steps = run.asked_to_stop, torch.save, sys.exit, []
 def asked(signals):
@@ -164,7 +141,7 @@ def last(message):
     assert torch.load({str(tmp_path / "state.pt")!r}, weights_only=True)["step"] == 13
     leave(message)
 run.asked_to_stop, torch.save, sys.exit = asked, slow, last
-""")
+"""))
     assert codes == [1, 1] and said.count("stopped by SIGTERM after step 13") == 2, said
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert state["step"] == 13 and all(type(w) is torch.Tensor for w in state["fake"].values())
@@ -172,27 +149,20 @@ run.asked_to_stop, torch.save, sys.exit = asked, slow, last
     assert_same_run(tmp_path, alone)
 
 
-def test_a_rank_that_dies_ends_the_others(recorded, tmp_path):
-    """Where torchrun did not, this test would end by its own limit of time."""
-    shutil.copytree(recorded / "path", tmp_path / "path")
-    driver = tmp_path / "driver.py"
-    driver.write_text(f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import backtrack
-from runtime import cli, ranks
-average = ranks.average_gradients
-calls = []
+def test_a_rank_that_dies_ends_the_other(recorded, tmp_path):
+    """Where it did not, this test would end by its own limit of time."""
+    said, codes = two_ranks(stages(
+        ["backtrack", "toy2d", "--out", tmp_path, "--path", recorded / "path", *BACKTRACK],
+        first="""
+average, calls = ranks.average_gradients, []
 def dying(optimizer):
     calls.append(1)
     if ranks.rank() == 1 and len(calls) == 7:
         os.kill(os.getpid(), 9)
     average(optimizer)
 ranks.average_gradients = dying
-command.run(backtrack.main)
-""")
-    said, code = torchrun(driver, "toy2d", "--out", tmp_path, *BACKTRACK)
-    assert code != 0 and "Signal 9" in said
+"""))
+    assert codes == [1, -9] and "gloo" in said.lower(), said
 
 
 @pytest.mark.parametrize("flags, reason", [
@@ -214,7 +184,7 @@ def test_more_ranks_than_the_batch_divides_into_are_refused(tmp_path, monkeypatc
 
 
 def test_two_ranks_answer_together_what_one_answers_alone():
-    said, codes = two_ranks(first="""
+    said, codes = two_ranks(stages(first="""
 import torch
 ranks.join_ranks()
 seen = []
@@ -226,7 +196,7 @@ for n in (6, 5):
     answer = results.SplitOverRanks(function)(x, torch.tensor(3.0), cond)
     assert torch.equal(answer, 4 * torch.arange(float(n))[:, None])
 assert seen == [3, 5]  # five cannot be shared by two
-""")
+"""))
     assert codes == [0, 0], said
 
 
@@ -244,16 +214,24 @@ def test_shares_are_disjoint_and_make_up_the_batch(monkeypatch):
 
 def test_sharded_sdxl_records_and_learns_what_accumulation_does_on_one_rank(tmp_path, monkeypatch):
     """Nodes are differences to the teacher, of shards. Adam magnifies rounding where gradients
-    vanish, so all weights are compared as one."""
-    from sdxl import problem
+    vanish, so all weights are compared as one. A UNet of few tensors, as FSDP2 reasons on each."""
+    from diffusers import UNet2DConditionModel
+
+    from sdxl import problem, tiny
 
     monkeypatch.setattr(problem.figures, "draw", lambda *args: None)
-    flags = ["sdxl", "--batch", "2", "--nodes", "2", "--steps"]
+    pipe = tiny.pipeline()
+    pipe.unet = UNet2DConditionModel.from_config(dict(pipe.unet.config) | dict(
+        block_out_channels=(16,), attention_head_dim=2, transformer_layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",), mid_block_type=None,
+        up_block_types=("UpBlock2D",)))
+    pipe.save_pretrained(tmp_path / "model")
+    flags = ["sdxl", "--model", str(tmp_path / "model"), "--batch", "2", "--nodes", "2", "--steps"]
     two, one = tmp_path / "two", tmp_path / "one"
-    said, codes = two_ranks(["degrade", *flags, 2, "--shard", "--out", two],
-                            ["backtrack", *flags, 1, "--interval", 1, "--shard", "--out", two],
-                            first="from sdxl import problem\n"
-                                  "problem.figures.draw = lambda *args: None")
+    said, codes = two_ranks(stages(
+        ["degrade", *flags, 2, "--shard", "--out", two],
+        ["backtrack", *flags, 1, "--interval", 1, "--shard", "--out", two],
+        first="from sdxl import problem; problem.figures.draw = lambda *args: None"))
     assert codes == [0, 0], said
     degrade.main([*flags, "2", "--accumulate", "2", "--out", str(one)])
     backtrack.main([*flags, "1", "--interval", "1", "--accumulate", "2", "--out", str(one)])
@@ -275,7 +253,7 @@ def test_two_ranks_share_the_pictures_of_one_and_the_first_writes_them(tmp_path,
             str(base), "--batch", "3", "--out"]
     generate.main([*argv, str(tmp_path / "one")])
     alone = capfd.readouterr().err
-    said, codes = two_ranks(first=f"""
+    said, codes = two_ranks(stages(first=f"""
 from sdxl import generate
 pictures, asked = generate.pictures, []
 def counted(pipe, about, jobs):
@@ -284,10 +262,10 @@ def counted(pipe, about, jobs):
 generate.pictures = counted
 generate.main({[*argv, str(tmp_path / "two")]!r})
 assert asked == [2]  # of three pictures, and the last once more
-""")
+"""))
     assert codes == [0, 0], said
     assert said.count("over 77 tokens") == alone.count("over 77 tokens") == 1
-    assert capfd.readouterr().out.count("3 pictures and grid.png") == 1
+    assert said.count("3 pictures and grid.png") == 1
     for file in ("00-0.png", "01-0.png", "02-0.png", "grid.png"):
         one, two = (np.asarray(Image.open(tmp_path / out / file)).astype(int)
                     for out in ("one", "two"))
@@ -295,7 +273,7 @@ assert asked == [2]  # of three pictures, and the last once more
 
 
 def test_what_the_first_rank_trains_or_fetches_the_others_find(tmp_path):
-    said, codes = two_ranks(first=f"""
+    said, codes = two_ranks(stages(first=f"""
 import pathlib, time
 from imagenet64 import fid, sample
 from sdxl import generate
@@ -327,7 +305,7 @@ fid.of_npz = lambda args: (None, 1, 1, {{}})
 fid.main.__module__ += ".npz"
 found(fid.main, "images.npz")
 found(generate.main, "a dog", "--out", {str(tmp_path)!r})
-""")
+"""))
     assert codes == [0, 0], said
 
 

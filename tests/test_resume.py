@@ -5,15 +5,13 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 import types
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BACKTRACK, DEGRADE, ROOT
+from conftest import BACKTRACK, DEGRADE
+from processes import Started
 from safetensors.torch import load_file
 
 import backtrack
@@ -205,15 +203,12 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(
     argv = ["toy2d", *BACKTRACK, "--steps", "900", "--save-every", "900", "--interval", "20",
             "--out", str(tmp_path)]
     shutil.copytree(recorded / "path", tmp_path / "path")
-    stage = subprocess.Popen([sys.executable, "backtrack.py", *argv], cwd=ROOT, text=True,
-                           stderr=subprocess.PIPE)
-    while not (tmp_path / "log.jsonl").exists():
-        time.sleep(0.02)
-        assert stage.poll() is None
-    stage.send_signal(number)
-    said = stage.communicate(timeout=120)[1]
+    stage = Started(f"import backtrack; backtrack.main({argv!r})")
+    stage.wait_for((tmp_path / "log.jsonl").exists)
+    os.kill(stage.pid, number)
+    said, code = stage.ended()
     step = torch.load(tmp_path / "state.pt", weights_only=True)["step"]
-    assert 10 <= step < 900 and stage.returncode == 1
+    assert 10 <= step < 900 and code == 1
     assert f"stopped by {number.name} after step {step}: --resume" in said
     assert "Traceback" not in said
     backtrack.main([*argv, "--resume"])

@@ -6,15 +6,14 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import ROOT, SMALL
+from conftest import SMALL
+from processes import Started
 from safetensors.torch import load_file
 
 import backtrack
@@ -75,15 +74,17 @@ class Here:
 def test_a_killed_study_leaves_no_worker_and_resumes_without_repeating_or_losing_a_run(
         tmp_path, monkeypatch):
     file = tmp_path / "lines.jsonl"
-    code = ("from pathlib import Path; from toy2d import study; from toy2d.study_grid import Grid; "
-            f"study.study({GRID!r}, Path({str(file)!r}), 1)")
-    killed = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL, start_new_session=True)
-    while not file.exists() or file.read_bytes().count(b"\n") < 2:
-        assert killed.poll() is None
-        time.sleep(0.02)
+    killed = Started(f"""
+import os
+from pathlib import Path
+from toy2d import study
+from toy2d.study_grid import Grid
+os.setsid()
+study.study({GRID!r}, Path({str(file)!r}), 1)
+""")
+    killed.wait_for(lambda: file.exists() and file.read_bytes().count(b"\n") >= 2)
     os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
+    killed.ended()
     before, patience = file.read_bytes(), 500
     while alive(killed.pid) and patience:  # the workers are of its group
         time.sleep(0.02)
