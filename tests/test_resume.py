@@ -60,7 +60,7 @@ def interrupt_at(monkeypatch, owner, name, call):
     (disback, "update_score_model", 15),
     (Run, "save", 2),
     (Run, "save", 4),
-    (files, "save_tensors", 12),
+    (files, "save_tensors", 7),
     (os, "replace", 13),
     (os, "replace", -3),  # in the middle of numbering the nodes
     (os, "replace", -1),  # path.json
