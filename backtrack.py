@@ -5,14 +5,13 @@ import copy
 import functools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import disback
-from runtime import cli, files, place, ranks, results
+from runtime import cli, command, files, place, ranks, results
 from runtime.folder import open_path
 from runtime.interface import Problem
 from runtime.ranks import optimizer
@@ -21,8 +20,8 @@ from runtime.run import Run
 FLAGS = dict(
     target=dict(choices=("path", "teacher"), default="path", help="teacher alone is plain VSD"),
     fake_init=dict(choices=("degraded", "teacher"), help="default: degraded if target is the path"),
-    path=dict(type=Path, metavar="DIR", help="folder of the path (default: OUT/path)"),
-    compare=dict(type=Path, metavar="DIR", help="a finished run to draw beside this one"))
+    path=dict(type=command.path, metavar="DIR", help="folder of the path (default: OUT/path)"),
+    compare=dict(type=command.path, metavar="DIR", help="a finished run to draw beside this one"))
 
 
 class Networks:
@@ -106,8 +105,6 @@ def prepare(argv: Sequence[str]) -> tuple[Any, Problem, disback.DegradationPath 
     args.fake_init = args.fake_init or ("degraded" if args.target == "path" else "teacher")
     plain = (args.target, args.fake_init) == ("teacher", "teacher")
     path = None if plain else open_path(args.path or args.out / "path", problem)
-    if args.compare:
-        files.load_json(args.compare / "metrics.json", "--compare takes a finished run")
     return args, problem, path
 
 
@@ -141,11 +138,11 @@ def distil(args: Any, problem: Problem, path: disback.DegradationPath | None) ->
         if scheduler.step(mismatch) or run.saves_at(step):
             snapshot(step)
 
+    if scheduler.node > 0 and ranks.rank() == 0:
+        print(f"note: the target is still node {scheduler.node}; more --steps reach the teacher")
     results.finish(args.out, problem, nets.average, path, args.compare, seconds=run.seconds,
                    method="disback" if args.target == "path" else "vsd",
                    fake_init=args.fake_init, node=scheduler.node)
-    if scheduler.node > 0 and ranks.rank() == 0:
-        print(f"note: the target is still node {scheduler.node}; more --steps reach the teacher")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -153,4 +150,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main, "lower --batch, or raise --accumulate")

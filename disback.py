@@ -48,12 +48,13 @@ def vsd_gradient(x0: Tensor, sigma: Tensor, d_fake: Tensor, d_target: Tensor,
     """Eq. 8's w(sigma) * (s_fake - s_target), the gradient with respect to x0 [n, ...].
 
     At one x the scores differ by (D_fake - D_target) / sigma^2, so that w = 1 is "score", sigma
-    "eps", sigma^2 "x0" (Diff-Instruct) and sigma^2 / mean|x0 - D_target| "dmd" (DMD2).
+    "eps", sigma^1.5 "half" (between its neighbours), sigma^2 "x0" (Diff-Instruct) and
+    sigma^2 / mean|x0 - D_target| "dmd" (DMD2).
     """
     difference = d_fake - d_target
     if weighting == "dmd":
         return difference / (x0 - d_target).abs().mean(dim=tuple(range(1, x0.dim())), keepdim=True)
-    return difference / sigma ** {"score": 2, "eps": 1, "x0": 0}[weighting]
+    return difference / sigma ** {"score": 2, "eps": 1, "half": 0.5, "x0": 0}[weighting]
 
 
 def vsd_loss(x0: Tensor, sigma: Tensor, fake: Callable, target: Callable, cond: Any,
@@ -124,10 +125,13 @@ class DegradationPath:
             self.about = dict(json.loads(file.read_text()))
             count, farthest = len(self.about["steps"]), float(self.about["positions"][-1])
             self.mean_gap = farthest / (count - 1)
+            assert 0 <= farthest < float("inf")
             self.files = [self.folder / f"{node:02d}.safetensors" for node in range(count)]
             for file in self.files:
                 with safe_open(file, "pt"):  # reads names and shapes alone
                     pass
+        except PermissionError:
+            raise
         except Exception as error:
             raise Refusal(f"{file} is missing or broken: record the path with degrade.py "
                           f"({type(error).__name__}: {error})") from error
@@ -140,6 +144,7 @@ class DegradationPath:
             if node.exists():  # a run that was killed here has renamed it already
                 os.replace(node, folder / f"{i:02d}.safetensors")
         beside = folder / "path.json.unfinished"
+        beside.unlink(missing_ok=True)  # a killed run's, or a link to elsewhere
         beside.write_text(json.dumps(about, indent=1) + "\n")
         os.replace(beside, folder / "path.json")
         return cls(folder)

@@ -10,7 +10,7 @@ import torch
 
 import backtrack
 from imagenet64 import edm, problem
-from runtime import bench, cli, ranks
+from runtime import bench, command, ranks
 from runtime.interface import Problem
 
 
@@ -33,4 +33,4 @@ def make(config: problem.Config, seed: int, device: Any) -> Problem:
 BENCH = bench.Bench("imagenet64", make, backtrack)
 
 if __name__ == "__main__":
-    cli.run(lambda argv: bench.main(BENCH, 5, argv))
+    command.run(lambda argv: bench.main(BENCH, 5, argv), "lower --batch, or raise --accumulate")

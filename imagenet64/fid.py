@@ -19,7 +19,7 @@ from tqdm import tqdm
 import disback
 from imagenet64 import download, features, problem, sample
 from imagenet64.frechet import Statistics, frechet_distance
-from runtime import cli, files, ranks, results
+from runtime import command, files, ranks, results
 
 SAVE_EVERY = 5000  # images between savings of a measurement that is under way
 
@@ -90,18 +90,19 @@ def restore(file: Path, dim: int, about: dict) -> tuple[Statistics, list[float]]
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m imagenet64.fid", description=__doc__,
                                      allow_abbrev=False)
-    parser.error = cli.refuse
+    parser.error = command.refuse
     sample.add_source(parser)
     parser.add_argument("--images", type=int, help="of a block (50000; of an .npz: all it holds)")
     parser.add_argument("--blocks", type=int, help="measured apart (3; of an .npz: 1)")
-    parser.add_argument("--inception", type=Path, help="TorchScript file (downloaded)")
-    parser.add_argument("--reference", type=Path, help=".npz with mu and sigma (downloaded)")
+    parser.add_argument("--inception", type=command.path, help="TorchScript file (downloaded)")
+    parser.add_argument("--reference", type=command.path,
+                        help=".npz with mu and sigma (downloaded)")
     args = parser.parse_args(argv)
     for name, least in (("images", 2), ("blocks", 1), ("batch", 1)):
         if (value := getattr(args, name)) is not None and value < least:
-            cli.refuse(f"--{name} must be at least {least}, not {value}")
+            command.refuse(f"--{name} must be at least {least}, not {value}")
     if args.source.endswith(".npz") and (args.node is not None or args.steps is not None):
-        cli.refuse("--node and --steps are for weights, not for images in an .npz")
+        command.refuse("--node and --steps are for weights, not for images in an .npz")
     return args
 
 
@@ -122,7 +123,7 @@ def main(argv: list[str]) -> None:
             return (x for x, _ in made(range(block * size + done, (block + 1) * size)))
 
     if config.images == "digits" and (args.inception or args.reference):
-        cli.refuse("--inception and --reference are for ImageNet, not for the digits")
+        command.refuse("--inception and --reference are for ImageNet, not for the digits")
     with ranks.first_rank_first():
         extractor, reference = (features.of_digits(device) if config.images == "digits"
                                 else features.of_inception(*inception_files(args), device))
@@ -166,4 +167,4 @@ def of_npz(args: argparse.Namespace) -> tuple[Callable, int, int, dict]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main, "lower --batch")

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import disback
-from runtime import cli, files
+from runtime import command, files
 
 LARGEST = 2**31  # bytes of a file; the released ones have up to 1.2e9
 OPERATIONS = 2**20  # of the machine; the ImageNet-64 file takes about 100,000
@@ -349,4 +349,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

@@ -54,6 +54,7 @@ PRESETS = {"tiny": TINY, "full": FULL, "diff-instruct": DIFF_INSTRUCT}
 NETWORKS = {"digits": dict(img_resolution=8, img_channels=1, label_dim=10, model_channels=32,
                            channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,)),
             "imagenet": dict(img_resolution=64, img_channels=3, label_dim=1000)}
+WRITES = ("figures/path.png", "figures/teacher_student.png", "figures/convergence.png")
 OF_TEACHER = ("images", "teacher", "teacher_steps", "teacher_lr")
 OF_PATH = (*OF_TEACHER, "start", "start_sigma")
 
@@ -102,7 +103,7 @@ def assemble(config: Config, seed: int, device: torch.device | str, teacher: edm
         # DMD2 spares the student the ends of its grid of 1,000 levels, which teach it little.
         sample_sigma_vsd=lambda n: sample_sigma(config.sigma_vsd, n, 0.02, 0.98, device),
         score_weight=edm.score_weight,
-        disk=sum(w.nbytes for w in teacher.state_dict().values()) * (7 + 4 * config.nodes),
+        disk=sum(w.nbytes for w in teacher.state_dict().values()) * (7 + 2 * config.nodes),
         evaluate=evaluate or (lambda student: {}), snapshot=lambda: (kept_z, kept_cond),
         draw=lambda out, path, compare: figures.draw(
             out, path, compare, teacher, lambda net: edm.heun(net, kept_z, kept_cond),
@@ -212,7 +213,8 @@ def digits_teacher(config: Config) -> Path:
     if not file.exists():
         torch.manual_seed(0)
         net = edm.Denoiser(**NETWORKS["digits"])
-        train(net, config)
+        with files.lost("the teacher in training: the next run begins it again"):
+            train(net, config)
         files.save_tensors(file, net.state_dict())
     return file
 

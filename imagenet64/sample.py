@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import disback
 from imagenet64 import edm, figures, problem
-from runtime import cli, files, folder, ranks, results
+from runtime import command, files, folder, ranks, results
 
 Images = Callable[[range], Iterable[tuple[Tensor, Tensor]]]  # seeds -> uint8 [n, c, h, w], classes
 
@@ -26,19 +26,19 @@ Images = Callable[[range], Iterable[tuple[Tensor, Tensor]]]  # seeds -> uint8 [n
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m imagenet64.sample", description=__doc__,
                                      allow_abbrev=False)
-    parser.error = cli.refuse
+    parser.error = command.refuse
     add_source(parser)
     parser.add_argument("--images", type=int, default=40, help="how many (40)")
     parser.add_argument("--seed", type=int, default=0, help="of the first image (0)")
     parser.add_argument("--classes", type=int, nargs="+", metavar="C",
                         help="in turn (random, each from its image's seed)")
-    parser.add_argument("--to", type=Path, help=".png or .npz file (RUN/samples.png)")
+    parser.add_argument("--to", type=command.path, help=".png or .npz file (RUN/samples.png)")
     args = parser.parse_args(argv)
     file = args.to or default_name(args).with_suffix(".png")
     if file.suffix not in (".png", ".npz"):
-        cli.refuse(f"--to must be a .png or an .npz file, not {file}")
+        command.refuse(f"--to must be a .png or an .npz file, not {file}")
     if args.images < 1 or not 0 <= args.seed < 2**63 - args.images:
-        cli.refuse("--images must be at least 1, --seed at least 0, and both below 2**63")
+        command.refuse("--images must be at least 1, --seed at least 0, and both below 2**63")
     ranks.join_ranks()
     with ranks.first_rank_first():
         sample, _, _ = source(args, args.classes)
@@ -80,12 +80,12 @@ def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
     """
     for name in ("steps", "batch"):
         if (value := getattr(args, name)) is not None and value < 1:
-            cli.refuse(f"--{name} must be at least 1, not {value}")
+            command.refuse(f"--{name} must be at least 1, not {value}")
     one_step = args.source != "teacher" and args.node is None
     if one_step and args.steps is not None:
-        cli.refuse("--steps is for a --node or the teacher; a student makes one")
+        command.refuse("--steps is for a --node or the teacher; a student makes one")
     if args.source == "teacher" and args.node is not None:
-        cli.refuse("--node is for a run's path; the teacher needs none")
+        command.refuse("--node is for a run's path; the teacher needs none")
     steps = 1 if one_step else args.steps or 18
     device = ranks.device()
     if args.source == "teacher":
@@ -101,13 +101,13 @@ def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
         if not one_step:
             path = disback.DegradationPath(Path(args.source) / "path")
             if not 0 <= args.node < len(path):
-                cli.refuse(f"--node must be from 0 to {len(path) - 1}, not {args.node}")
+                command.refuse(f"--node must be from 0 to {len(path) - 1}, not {args.node}")
             file = path.files[args.node]
         files.load_net(file, net, "name the run that made it")
         sha256 = files.sha256(file)
     count = problem.NETWORKS[config.images]["label_dim"]
     for wrong in (c for c in classes or () if not 0 <= c < count):
-        cli.refuse(f"--classes must be from 0 to {count - 1}, not {wrong}")
+        command.refuse(f"--classes must be from 0 to {count - 1}, not {wrong}")
     net = results.SplitOverRanks(net.to(device, memory_format=torch.channels_last))
 
     @torch.no_grad()
@@ -162,4 +162,4 @@ def save_npz(file: Path, arrays: dict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main, "lower --batch")

@@ -21,7 +21,7 @@ import torch
 import backtrack
 import degrade
 import disback
-from runtime import cli, files
+from runtime import command, files
 from runtime.plots import DATA, OTHER, STUDENT, plt, read_snapshots, readable, save
 from runtime.study import appending, first_reach, quiet, words
 
@@ -187,7 +187,7 @@ def draw(lines: Lines, file: Path) -> None:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("study.py", description=__doc__, allow_abbrev=False)
-    parser.error = cli.refuse
+    parser.error = command.refuse
     parser.add_argument("--figures-only", action="store_true", help="draw the lines that are there")
     if not parser.parse_args(argv).figures_only:
         study(FILE)
@@ -200,4 +200,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

@@ -21,7 +21,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from runtime import cli, place, results
+from runtime import cli, command, place, results
 from runtime.interface import Problem
 
 # TFLOP/s in dense bf16, by the data sheets. The product of two large random matrices was seen to
@@ -218,6 +218,8 @@ def report(bench: Bench, argv: Sequence[str], settings: list, compiled: bool, ev
               file=sys.stderr, flush=True)
     for row in max(columns, key=len):
         print(f"{row:40}" + "".join(f"{column[row]:>12}" for column in columns))
+    if any(float(column.get("the rest, ms", "0").replace(",", "")) < 0 for column in columns):
+        print("The rest is below 0 where parts took longer alone than together: that is the noise.")
 
 
 def profile(bench: Bench, argv: Sequence[str], most: int = 15) -> None:
@@ -243,7 +245,7 @@ def main(bench: Bench, every: int, argv: Sequence[str]) -> None:
     """Print the table of a problem, or a profile."""
     parser = argparse.ArgumentParser(f"python -m {bench.name}.bench", allow_abbrev=False, epilog=(
         f"All other flags are those of backtrack.py {bench.name}."))
-    parser.error = cli.refuse
+    parser.error = command.refuse
     parser.add_argument("--batch", type=int, nargs="+", help="a column each; default: preset's")
     parser.add_argument("--fake-updates", type=int, nargs="+", help="columns as well")
     parser.add_argument("--iterations", type=int, default=every,
@@ -256,7 +258,7 @@ def main(bench: Bench, every: int, argv: Sequence[str]) -> None:
     for flag, numbers in (("--iterations", [args.iterations]), ("--batch", args.batch or []),
                           ("--fake-updates", args.fake_updates or [])):
         if any(number < 1 for number in numbers):
-            cli.refuse(f"{flag} must be at least 1, not {min(numbers)}")
+            command.refuse(f"{flag} must be at least 1, not {min(numbers)}")
     batches = [["--batch", str(n)] for n in args.batch or []] or [[]]
     updates = [["--fake-updates", str(k)] for k in args.fake_updates or []] or [[]]
     settings = [(batch, more) for batch in batches for more in updates]

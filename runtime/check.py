@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import disback
-from runtime import cli, place, ranks
+from runtime import command, place, ranks
 
 ROOT = Path(__file__).parent.parent
 PROBLEMS = sorted(file.parent.name for file in ROOT.glob("*/problem.py"))
@@ -165,15 +165,15 @@ def stop(out: Path, *argv: str, env: dict) -> str:
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("python -m runtime.check", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = cli.refuse
+    parser.error = command.refuse
     parser.add_argument("problems", nargs="*", default=PROBLEMS, metavar="PROBLEM",
                         help=f"of {', '.join(PROBLEMS)} (default: all)")
     parser.add_argument("--steps", type=int, default=20, help="of either stage (default: 20)")
     args = parser.parse_args(argv)
     if unknown := sorted({*args.problems} - {*PROBLEMS}):
-        cli.refuse(f"there is no problem {unknown[0]}")
+        command.refuse(f"there is no problem {unknown[0]}")
     if args.steps < 8:
-        cli.refuse(f"--steps must be at least 8, not {args.steps}")
+        command.refuse(f"--steps must be at least 8, not {args.steps}")
     failed = []
 
     def report(name: str, what: str, seen: float, most: float | None = None,
@@ -196,4 +196,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

@@ -1,4 +1,4 @@
-"""The command line of a stage, out of a problem's presets; mistakes end in one line."""
+"""The command line of a stage, out of a problem's presets."""
 
 import argparse
 import dataclasses
@@ -10,37 +10,20 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import torch.distributed as dist
 
 from disback import Refusal
-from runtime import files, ranks
+from runtime import ranks
+from runtime.command import check_compiler, path, refuse
+from runtime.folder import enter, writes
 from runtime.interface import Config, Problem, flag_of
-
-
-def run(main: Callable[[list[str]], None]) -> None:
-    """Run a command; a Refusal, a failing disk or too little memory ends it in a line, status 2."""
-    try:
-        main(sys.argv[1:])
-    except Exception as error:
-        full = files.out_of_memory(error)
-        if not (full or isinstance(error, (Refusal, OSError))):
-            raise
-        who = f"error on rank {ranks.rank()}:" if dist.is_initialized() else "error:"
-        hint = "(lower --batch, or raise --accumulate)" if full else ""
-        print(who, *str(error).split(), hint, file=sys.stderr)
-        sys.exit(2)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def refuse(message: str) -> None:
-    raise Refusal(f"{message} (--help lists what there is)")
 
 
 def start(stage: str, doc: str, argv: Sequence[str], **flags: dict) -> tuple[Any, Problem]:
     """Read the command line and make the problem that it names; `flags` are the stage's own."""
     args, module = parse(stage, doc, argv, flags)
     ranks.join_ranks()
+    args.writes = writes(stage, module.WRITES)
+    enter(stage, args)
     count = ranks.world_size() * args.accumulate
     if args.config.batch % count:
         raise Refusal(f"--batch {args.config.batch} must be divisible by {count}, the ranks times "
@@ -71,7 +54,7 @@ def parse(stage: str, doc: str, argv: Sequence[str], flags: dict) -> tuple[Any, 
     name = next((word for word in argv if word in problems), None)
     if name:
         module = importlib.import_module(f"{name}.problem")
-        add_settings(parser, stage, module.PRESETS)
+        add_settings(parser, stage, module.PRESETS, named_preset(argv))
         parser.set_defaults(out=Path("runs", name))
         if hasattr(module, "dry_run"):
             parser.add_argument("--dry-run", action="store_true", help="only print what it needs")
@@ -89,7 +72,7 @@ def parse(stage: str, doc: str, argv: Sequence[str], flags: dict) -> tuple[Any, 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """The flags of both stages on every problem."""
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/PROBLEM)")
+    parser.add_argument("--out", type=path, help="run folder (default: runs/PROBLEM)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     folder = parser.add_mutually_exclusive_group()
     folder.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
@@ -110,19 +93,33 @@ def check_common(args: Any) -> None:
         refuse(f"--accumulate must be at least 1, not {args.accumulate}")
     if args.shard and "RANK" not in os.environ:
         refuse("--shard spreads over ranks: torchrun --nproc_per_node=N starts them")
+    if args.compile:
+        check_compiler()
 
 
-def add_settings(parser: argparse.ArgumentParser, stage: str, presets: dict[str, Config]) -> None:
-    """The presets, and a flag for each setting, explained by the field's own text."""
-    preset, config = next(iter(presets.items()))
-    group = parser.add_argument_group("the problem's flags", f"in brackets: preset {preset}")
-    group.add_argument("--preset", default=preset, choices=presets, help="sets the flags below")
-    other = {"degrade": "backtrack_steps", "backtrack": "degrade_steps"}[stage]
-    for field in dataclasses.fields(config):
-        if field.name == other or not field.metadata["flag"]:
+def named_preset(argv: Sequence[str]) -> str | None:
+    """The preset that --help shall show."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = refuse
+    parser.add_argument("--preset")
+    return parser.parse_known_args(argv)[0].preset
+
+
+def add_settings(parser: argparse.ArgumentParser, stage: str, presets: dict[str, Config],
+                 named: str | None) -> None:
+    """The presets, and a flag for each setting that this stage has, explained by the field's own
+    text. Both take the path's nodes and interval, so that one set of flags can serve for both."""
+    shown = named if named in presets else next(iter(presets))
+    group = parser.add_argument_group("the problem's flags", f"in brackets: preset {shown}")
+    group.add_argument("--preset", default=next(iter(presets)), choices=presets,
+                       help="sets the flags below")
+    for field in dataclasses.fields(presets[shown]):
+        elsewhere = field.metadata["stage"] not in ("", stage)
+        if elsewhere and field.name not in ("nodes", "interval") or not field.metadata["flag"]:
             continue
-        kind = field.type if field.type in (int, float) else str
-        group.add_argument(flag_of(field.name), dest=f"config.{field.name}", type=kind,
-                           metavar="|".join(get_args(field.type)) or kind.__name__.upper(),
-                           help=f"{field.metadata['help']} ({getattr(config, field.name)})",
+        number = field.type in (int, float)
+        group.add_argument(flag_of(field.name), dest=f"config.{field.name}",
+                           type=field.type if number else os.path.expanduser,
+                           metavar="|".join(get_args(field.type)) or field.type.__name__.upper(),
+                           help=f"{field.metadata['help']} ({getattr(presets[shown], field.name)})",
                            default=argparse.SUPPRESS)

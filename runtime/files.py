@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +18,9 @@ from disback import Refusal, load_strictly
 from runtime.place import gathered
 from runtime.ranks import rank
 
-UNFINISHED = ".unfinished"  # ends the name of a file that is being written
+UNFINISHED = ".unfinished"  # ends the name of a folder in which a file is being written
+UMASK = os.umask(0o022)  # it can only be read by setting it
+os.umask(UMASK)
 
 
 @contextlib.contextmanager
@@ -29,7 +33,10 @@ def blame(what: str) -> Iterator[None]:
     except Exception as error:  # a file that is broken can fail in any way
         if out_of_memory(error):
             raise
-        raise Refusal(f"{what} ({type(error).__name__}: {str(error)[:300]})") from error
+        if isinstance(error, PermissionError):
+            raise Refusal(f"permission denied: {error.filename or what}") from error
+        why = getattr(error, "strerror", None) or str(error)[:300]
+        raise Refusal(f"{what} ({type(error).__name__}: {why})") from error
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -39,28 +46,32 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def atomically(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
-    """Write beside `file`, then rename: whatever happens, `file` is whole, the old or the new. Only
-    the first rank writes."""
+    """Write in a new folder beside `file`, then rename: whatever happens, `file` is whole, the old
+    or the new, with the modes that umask asks for. Only the first rank writes."""
     if rank() > 0:
         return
-    beside = file.with_name(f".{file.name}.{os.getpid()}{UNFINISHED}")
-    try:
-        with blame(f"cannot write {file}; what it held is kept"):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write(beside)
-            with open(beside, "rb+") as handle:
-                os.fsync(handle.fileno())
+    kept = "; what it held is kept" if file.exists() else ""
+    with blame(f"cannot write {file}{kept}"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(UNFINISHED, f".{file.name}.", file.parent) as folder:
+            beside = pathlib.Path(folder, file.name)
+            try:
+                write(beside)
+                with open(beside, "rb+") as handle:
+                    os.fsync(handle.fileno())
+            except Exception as error:
+                if shutil.disk_usage(folder).free < 2**16:  # not every writer says so
+                    raise Refusal(f"the disk is full: cannot write {file}{kept}") from error
+                raise
+            os.chmod(beside, 0o666 & ~UMASK)  # some writers leave 0600
             os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
-def sweep(out: pathlib.Path) -> None:
-    """Remove what a killed run left half written in its folder."""
-    for folder in (out, out / "snapshots"):
-        # The second is safetensors' own way to write a file.
-        for torn in (*folder.glob(f".*{UNFINISHED}"), *folder.glob(".tmp??????")):
-            torn.unlink()
+def sweep(*folders: pathlib.Path) -> None:
+    """Remove what a killed run left half written in these folders of its own."""
+    for folder in folders:
+        for torn in folder.glob(f".*{UNFINISHED}"):
+            shutil.rmtree(torn) if torn.is_dir() and not torn.is_symlink() else torn.unlink()
 
 
 def save_tensors(file: pathlib.Path, tensors: dict[str, Tensor]) -> None:
@@ -95,5 +106,13 @@ def sha256(file: pathlib.Path) -> str:
 
 def cached(name: str) -> pathlib.Path:
     """The file of that name in the cache, $DISBACK_CACHE or ~/.cache/disback."""
-    home = pathlib.Path.home() / ".cache" / "disback"
-    return pathlib.Path(os.environ.get("DISBACK_CACHE", home)) / name
+    return pathlib.Path(os.environ.get("DISBACK_CACHE") or "~/.cache/disback").expanduser() / name
+
+
+@contextlib.contextmanager
+def lost(what: str) -> Iterator[None]:
+    """Say what an interrupt takes with it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(what) from None

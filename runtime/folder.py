@@ -1,7 +1,12 @@
-"""The folder of a run, and whether a path or a checkpoint is of the same flags."""
+"""The folder of a run: who may use it, what is a run's own in it, and whether what was made by
+earlier commands fits this one."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -11,55 +16,197 @@ import torch
 
 from disback import DegradationPath, Refusal
 from runtime import files, ranks
-from runtime.interface import Problem, flag_of
+from runtime.interface import Config, Problem, flag_of
+
+# What the stages write; a problem adds what it draws.
+STAGE1 = ("path/path.json", "path/[0-9]*.safetensors", "path/step-*.safetensors", "path/state.pt",
+          "path/log.jsonl")
+STAGE2 = ("student.safetensors", "state.pt", "log.jsonl", "metrics.json",
+          "snapshots/[0-9]*.safetensors")
 
 
-def must_agree(what: Path, then: dict, now: dict) -> None:
-    """Refuse to go on with what was made by other flags; the first that differs is named."""
-    for name, value in now.items():
-        if then.get(name) != value:
-            called = name if name.endswith("sha256") or name == "problem" else flag_of(name)
-            raise Refusal(f"{what} was made with {called} {then.get(name)}, not {value}: use the "
-                          "same flags")
+def writes(stage: str, draws: tuple[str, ...]) -> tuple[str, ...]:
+    """What a stage replaces in a run's folder; `draws` are the problem's own files."""
+    return (*STAGE2, *draws, *(STAGE1 if stage == "degrade" else ()))
 
 
-def claim(args: Any, problem: Problem, stage: str, settings: dict) -> None:
-    """Refuse a folder that holds results or has no room for a path; write its config.json."""
+def what_matters(config: Config, stage: str) -> dict[str, Any]:
+    """The settings that change what a stage learns."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
+            if field.metadata["learns"] and field.metadata["stage"] in ("", stage)}
+
+
+def enter(stage: str, args: Any) -> None:
+    """Before anything is trained or fetched: refuse a folder that this command cannot use, and keep
+    other processes out of it for as long as this one lives."""
+    out = args.out
+    there = next(p for p in (out.absolute(), *out.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise Refusal(f"{there} is no folder: name another --out")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Refusal(f"permission denied: {there}; name another --out")
+    known = {"problem": args.problem, "preset": args.preset, "seed": args.seed,
+             **what_matters(args.config, stage)}
+    if not args.resume:
+        refuse_taken(out, args)
+    elif stage == "degrade" and (out / "path" / "path.json").exists():
+        path = read_path(out / "path", known)
+        must_agree(out / "path", {"nodes": len(path) - 1, "degrade_steps": path.about["steps"][-1]},
+                   {name: known[name] for name in ("nodes", "degrade_steps")})
+    else:
+        check_state(out, stage, known)
+    if stage == "backtrack" and (args.target == "path" or args.fake_init == "degraded"):
+        read_path(args.path or out / "path", known)
+    if stage == "backtrack" and args.compare:
+        check_finished(args.compare, args.problem)
+        if args.compare.resolve() == out.resolve():
+            raise Refusal(f"--compare {args.compare} is this run itself: name another one")
+    if ranks.rank() == 0:
+        lock(out)
+
+
+def lock(out: Path) -> None:
+    """Hold `out` until this process ends, however it does; a second process is refused."""
+    with files.blame(f"cannot write to {out}"):
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise Refusal(f"another process is at work in {out}: wait for it, or name another --out"
+                      ) from error
+    except OSError:  # a file system without locks
+        pass
+
+
+def own(args: Any) -> list[Path]:
+    """What a former run wrote that this one replaces."""
+    return [file for pattern in args.writes for file in sorted(args.out.glob(pattern))]
+
+
+def refuse_taken(out: Path, args: Any) -> None:
+    """Refuse a folder that holds results, unless they are a run's and shall be overwritten."""
+    taken, is_run = own(args), bool(stages_of(out))
+    if not taken or args.overwrite and is_run:
+        return
+    remedy = "name another --out, go on with the run by --resume, or replace it by --overwrite"
+    if not is_run:
+        remedy = f"{out} is no run's folder: name another --out"
+    elif (out / "metrics.json").exists():
+        remedy = "name another --out; --resume draws the figures of a finished run again"
+    raise Refusal(f"{taken[0]} exists: {remedy}")
+
+
+def stages_of(out: Path) -> dict:
+    """What config.json tells of each stage that ran here; Refusal where it is not a run's."""
+    file = out / "config.json"
+    if not file.exists():
+        return {}
+    stages = files.load_json(file, "name another --out")
+    if not all(name in ("degrade", "backtrack") and "problem" in about
+               for name, about in stages.items()):
+        raise Refusal(f"{file} is not of a run: name another --out")
+    return stages
+
+
+def claim(args: Any, problem: Problem, stage: str, settings: dict, need: int) -> None:
+    """Remove what a former run wrote, if that is asked for, and write config.json; `need` bytes
+    must be free."""
     if ranks.rank() > 0:
         return ranks.barrier()
-    names = ["student.safetensors", "student", "state.pt", "log.jsonl", "metrics.json",
-             "snapshots", "figures"] + ["path"] * (stage == "degrade")
-    there = next(p for p in (args.out.absolute(), *args.out.absolute().parents) if p.is_dir())
-    if stage == "degrade" and shutil.disk_usage(there).free < problem.disk:
-        raise Refusal(f"{there} has less than {problem.disk / 1e9:.1f} GB free: name another --out")
-    taken = [args.out / name for name in names if (args.out / name).exists()]
-    if taken and not args.overwrite:
-        raise Refusal(f"{taken[0]} exists: name another --out, go on with the run by --resume, or "
-                      "replace it by --overwrite")
-    file = args.out / "config.json"
-    stages = files.load_json(file, "remove it") if stage == "backtrack" and file.exists() else {}
-    if taken:  # it is a run's folder
-        files.sweep(args.out)
-    for old in taken:
-        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    if shutil.disk_usage(args.out).free < need:
+        raise Refusal(f"{args.out} has less than {need / 1e9:.1f} GB free: name another --out")
+    for file in own(args) if not args.resume else ():
+        file.unlink()
+        with contextlib.suppress(OSError):  # other files are in that folder
+            file.parent.rmdir()
+    stages = stages_of(args.out) if stage == "backtrack" or args.resume else {}
     stages[stage] = {"problem": args.problem, "preset": args.preset, "seed": args.seed,
                      **dataclasses.asdict(problem.config), **settings, "ranks": ranks.world_size(),
                      "accumulate": args.accumulate, "shard": args.shard, "compile": args.compile,
                      "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
-    files.save_json(file, stages)
+    files.save_json(args.out / "config.json", stages)
+    files.sweep(args.out, *(args.out / name for name in ("path", "snapshots", "figures")))
     ranks.barrier()
 
 
+def check_state(out: Path, stage: str, known: dict) -> None:
+    """Refuse to go on where there is no checkpoint, or one of other flags."""
+    file = (out / "path" if stage == "degrade" else out) / "state.pt"
+    finished = (out / "metrics.json").exists()
+    if not file.exists():
+        raise Refusal(f"{file} is missing, which --resume needs: " + (
+            f"the student is finished, {out}/student.safetensors; name another --out to train one "
+            "again" if finished else "start without it"))
+    with files.blame(f"{file} is not a checkpoint of this run: " + (
+            "name another --out" if finished else "start with --overwrite in place of --resume")):
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        must_agree(file, state["settings"], known)
+        if state["step"] > known[f"{stage}_steps"]:
+            raise Refusal(f"{file} is at step {state['step']} already: --steps must be as many")
+
+
+def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
+    """Refuse to go on with what was made by other flags; the first that differs is named. `some`:
+    what `then` lacks does not matter. A stage 2 of constant rates can have more steps."""
+    for name, value in now.items():
+        if then.get(name) == value or some and name not in then:
+            continue
+        if name == "backtrack_steps" and then.get("decay") == "constant":
+            continue
+        why = {"backtrack_steps": "the cosine of its learning rates ends there; only a run with "
+               "--decay constant can be prolonged",
+               "degrade_steps": "its nodes are spread over them"}.get(name, "use the same flags")
+        called = name if name.endswith("sha256") or name == "problem" else flag_of(name)
+        raise Refusal(f"{what} was made with {called} {then.get(name)}, not {value}: {why}")
+
+
+def read_path(folder: Path, known: dict, load_node: Any = files.load_net) -> DegradationPath:
+    """A recorded path, which must have been recorded by the same flags as far as it names them."""
+    path = DegradationPath(folder, load_node)
+    must_agree(folder, path.about, known, some=True)
+    check_number(folder / "path.json", "network_evals", path.about.get("network_evals", 0))
+    return path
+
+
 def open_path(folder: Path, problem: Problem) -> DegradationPath:
-    """A recorded path, which must have been recorded by the same flags."""
-    path = DegradationPath(folder, problem.load_node or files.load_net)
+    """The same for a problem, all of whose flags the path must name."""
+    path = read_path(folder, {}, problem.load_node or files.load_net)
     must_agree(folder, path.about, problem.about)
     return path
 
 
+def check_finished(run: Path, problem: str) -> None:
+    """Refuse a run that the figures of one of `problem` cannot show beside theirs."""
+    about = files.load_json(run / "metrics.json", "--compare takes a finished run")
+    if about.get("problem") != problem:
+        raise Refusal(f"{run} is a run of {about.get('problem')}: --compare takes one of {problem}")
+    with files.blame(f"{run} cannot be compared with: finish that run first"):
+        for name in ("stage1", "stage2"):
+            check_number(run / "metrics.json", name, about["network_evals"][name])
+        check_number(run / "metrics.json", "steps", about["steps"])
+        for line in read_log(run):
+            check_number(run / "log.jsonl", "mismatch", line["mismatch"])
+
+
+def check_number(file: Path, name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise Refusal(f"{name} in {file} is {value!r}, which is no number that it can be: the file "
+                      "was changed; make it again")
+
+
+def read_log(run: Path) -> list[dict]:
+    """The lines of a run's log; one that a kill has torn is left out."""
+    file = run / "log.jsonl"
+    with files.blame(f"{file} is broken: remove the lines that are no JSON"):
+        lines = [json.loads(line) for line in file.read_text().splitlines(True)
+                 if line.endswith("\n")]
+        assert all(line["step"] >= 0 for line in lines)
+    return lines
+
+
 def cut_log(file: Path, step: int) -> None:
     """Remove the lines after `step`, and a torn one."""
-    with files.blame(f"{file} is broken: remove the lines that are no JSON"):
-        lines = file.read_text().splitlines(True) if file.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    lines = read_log(file.parent) if file.exists() else []
+    kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
     files.atomically(file, lambda beside: beside.write_text("".join(kept)))

@@ -1,6 +1,7 @@
 """What a stage asks of a problem, and the settings that all problems share."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -11,11 +12,16 @@ from disback import Refusal
 
 
 def setting(default: Any, text: str, zero: bool = False, below: float = math.inf,
-            flag: bool = True) -> Any:
+            flag: bool = True, stage: str = "", learns: bool = True) -> Any:
     """A field of a Config, and a flag of the command line unless told otherwise, explained by
-    `text`. A number must be above 0, or may be that as well if `zero`, and `below` a limit."""
+    `text`. A number must be above 0, or may be that as well if `zero`, and `below` a limit.
+    `stage` is the only one that it matters to; without `learns` it changes nothing learnt."""
     return dataclasses.field(default=default, metadata={
-        "help": text, "zero": zero, "below": below, "flag": flag})
+        "help": text, "zero": zero, "below": below, "flag": flag, "stage": stage, "learns": learns})
+
+
+stage1 = functools.partial(setting, stage="degrade")
+stage2 = functools.partial(setting, stage="backtrack")
 
 
 def flag_of(name: str) -> str:
@@ -28,28 +34,28 @@ def flag_of(name: str) -> str:
 class Config:
     """The settings that every problem has. A preset is a Config; every field of it is a flag."""
 
-    degrade_steps: int = setting(200, "training steps of this stage")
-    backtrack_steps: int = setting(2000, "iterations: an update of the student, then the fake's")
+    degrade_steps: int = stage1(200, "training steps of this stage")
+    backtrack_steps: int = stage2(2000, "iterations: an update of the student, then the fake's")
     batch: int = setting(512, "samples in a batch, of all ranks together")
-    nodes: int = setting(10, "N, the nodes that are recorded after the teacher")
-    spacing: Literal["arc", "linear", "log"] = setting("arc", "where nodes are recorded: at equal "
+    nodes: int = stage1(10, "N, the nodes that are recorded after the teacher")
+    spacing: Literal["arc", "linear", "log"] = stage1("arc", "where nodes are recorded: at equal "
                                                        "distances in function space, or by steps")
-    interval: int = setting(10, "iterations that the target stays at a node")
-    switch: Literal["interval", "adaptive"] = setting(
+    interval: int = stage2(10, "iterations that the target stays at a node")
+    switch: Literal["interval", "adaptive"] = stage2(
         "interval", "when the target moves on; adaptive: once the fake has caught up")
-    weighting: Literal["score", "eps", "x0", "dmd"] = setting("eps", "w(sigma) of Eq. 8")
-    lr_student: float = setting(6e-3, "learning rate of the student")
-    lr_fake: float = setting(6e-3, "learning rate of the fake")
-    lr_degrade: float = setting(2e-3, "learning rate of the degrading teacher")
-    fake_updates: int = setting(1, "updates of the fake after each of the student")
+    weighting: Literal["score", "eps", "half", "x0", "dmd"] = stage2("eps", "w(sigma) of Eq. 8")
+    lr_student: float = stage2(6e-3, "learning rate of the student")
+    lr_fake: float = stage2(6e-3, "learning rate of the fake")
+    lr_degrade: float = stage1(2e-3, "learning rate of the degrading teacher")
+    fake_updates: int = stage2(1, "updates of the fake after each of the student")
     beta1: float = setting(0.0, "of Adam", zero=True, below=1)
     beta2: float = setting(0.999, "of Adam", zero=True, below=1)
     weight_decay: float = setting(0.0, "of AdamW; 0 makes it Adam", zero=True)
-    decay: Literal["cosine", "constant"] = setting("cosine", "of the learning rates of stage 2")
-    ema: float = setting(0.95, "decay of the student's moving average; 0: no average",
-                         zero=True, below=1)
-    save_every: int = setting(100, "iterations between checkpoints")
-    log_every: int = setting(25, "iterations between lines of log.jsonl")
+    decay: Literal["cosine", "constant"] = stage2("cosine", "of the learning rates of stage 2")
+    ema: float = stage2(0.95, "decay of the student's moving average; 0: no average",
+                        zero=True, below=1)
+    save_every: int = setting(100, "iterations between checkpoints", learns=False)
+    log_every: int = setting(25, "iterations between lines of log.jsonl", learns=False)
     precision: Literal["fp32", "bf16"] = setting(
         "fp32", "of the networks' arithmetic; weights are fp32")
 

@@ -1,6 +1,5 @@
 """What the figures of all problems have in common: colours, a run's snapshots, its convergence."""
 
-import json
 from pathlib import Path
 
 import matplotlib
@@ -8,6 +7,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from runtime import files
+from runtime.folder import read_log
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
@@ -24,7 +24,7 @@ def draw_convergence(file: Path, out: Path, compare: Path | None, metric: str, l
     for run, color in ((out, STUDENT), (compare, OTHER)):
         if run is None:
             continue
-        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        lines = read_log(run)
         metrics = files.load_json(run / "metrics.json", "finish that run first")
         stage1 = metrics["network_evals"]["stage1"]
         at = [(stage1 + line["network_evals"]) / 1e6 for line in lines]
@@ -56,8 +56,11 @@ def draw_convergence(file: Path, out: Path, compare: Path | None, metric: str, l
 
 def read_snapshots(out: Path) -> list[tuple[int, dict[str, Tensor]]]:
     """(step, {x0 [n, 2], node}) of each snapshot, the first first."""
-    files = sorted((out / "snapshots").glob("*.safetensors"))
-    return [(int(file.stem), load_file(file)) for file in files]
+    found = []
+    for file in sorted((out / "snapshots").glob("[0-9]*.safetensors")):
+        with files.blame(f"{file} is broken: remove it, and the figures do without"):
+            found.append((int(file.stem), load_file(file)))
+    return found
 
 
 def switches(snapshots: list[tuple[int, dict[str, Tensor]]]) -> list:

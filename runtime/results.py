@@ -43,11 +43,12 @@ def finish(out: Path, problem: Problem, student: nn.Module, path: Any, compare: 
     ranks.barrier()
     if ranks.rank() == 0:
         print("drawing the figures ...", flush=True)
-    problem.draw(out, path, compare)
+    with files.lost(f"the student is in {out}; the same command with --resume draws its figures"):
+        problem.draw(out, path, compare)
     if ranks.rank() == 0:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
-        print(f"student: {numbers or 'not measured'}; {out}/metrics.json has more\n"
-              f"figures: {out}/figures")
+        print(f"student after {steps} iterations: {numbers or 'not measured'} "
+              f"({out}/metrics.json); figures in {out}/figures")
 
 
 class SplitOverRanks(nn.Module):

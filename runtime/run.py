@@ -1,6 +1,6 @@
 """A stage under way: its folder, its steps, its log, and its checkpoints, from which it resumes."""
 
-import dataclasses
+import functools
 import json
 import math
 import sys
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from disback import Refusal, load_strictly
 from runtime import files, ranks
-from runtime.folder import claim, cut_log, must_agree
+from runtime.folder import claim, cut_log, must_agree, what_matters
 from runtime.interface import Problem
 from runtime.signals import asked_to_stop, heeding_signals
 
@@ -30,14 +30,23 @@ class Run:
                  others: dict, **settings: Any):
         self.stage, self.args, self.config = stage, args, problem.config
         self.nets, self.optimizers, self.others = nets, optimizers, others
-        self.settings = problem.about | dataclasses.asdict(problem.config) | settings
+        self.settings = problem.about | what_matters(problem.config, stage) | settings
         folder = args.out / "path" if stage == "degrade" else args.out
         self.state, self.log_file = folder / "state.pt", folder / "log.jsonl"
         self.step, self.since, self.began = 0, 0, time.perf_counter()
         self.sums: dict[str, Any] = {}
         self.progress = None
+        self.claim = functools.partial(claim, args, problem, stage, settings, self.room(problem))
         if not args.resume:
-            claim(args, problem, stage, settings)
+            self.claim()
+
+    def room(self, problem: Problem) -> int:
+        """Bytes that must be free: for the path; or for two checkpoints, as one is written beside
+        the other. Adam has two numbers for each that it learns."""
+        count = sum(p.numel() for net in self.nets.values() for p in net.parameters())
+        learnt = sum(p.numel() for name in self.optimizers for p in self.nets[name].parameters()
+                     if p.requires_grad)
+        return problem.disk if self.stage == "degrade" else 4 * 2 * (count + 2 * learnt)
 
     @property
     def seconds(self) -> float:
@@ -49,6 +58,7 @@ class Run:
         self.total = total
         if self.args.resume:
             self.restore()
+            self.claim()  # config.json gets what may differ
         with heeding_signals() as signals:
             self.progress = tqdm(range(self.step + 1, total + 1), self.stage, total,
                                  initial=self.step, disable=ranks.rank() > 0)
@@ -82,7 +92,7 @@ class Run:
         self.sums, self.since, numbers = {}, self.step, means | numbers
         check_finite(numbers, self.step, node, f"; what was saved is in {self.log_file.parent}")
         if ranks.rank() == 0:
-            with open(self.log_file, "a") as handle:
+            with files.blame(f"cannot write {self.log_file}"), open(self.log_file, "a") as handle:
                 handle.write(json.dumps({"step": self.step, "node": node, **numbers}) + "\n")
         if self.progress is not None:
             self.progress.set_postfix(node=node, **{k: f"{v:.3g}" for k, v in means.items()})
@@ -109,8 +119,7 @@ class Run:
     def restore(self) -> None:
         """Go back to the last checkpoint, which any number of ranks can read; cut later lines and a
         torn one from the log, and remove what a kill left half written."""
-        with files.blame(f"{self.state} is missing or not a checkpoint of this run: start without "
-                         "--resume, or with --overwrite"):
+        with files.blame(f"{self.state} is not a checkpoint of this run: name another --out"):
             state = torch.load(self.state, map_location="cpu", weights_only=True, mmap=True)
             must_agree(self.state, state["settings"], self.settings)
             for name, net in self.nets.items():
@@ -127,7 +136,6 @@ class Run:
             set_random_state(state["random"])
         if ranks.rank() == 0:
             cut_log(self.log_file, self.step)
-            files.sweep(self.state.parent)
 
 
 def check_finite(numbers: dict[str, float], step: int, node: Any, kept: str = "") -> None:

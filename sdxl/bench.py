@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 import backtrack
-from runtime import bench, cli
+from runtime import bench, command
 from runtime.interface import Problem
 from sdxl import memory, problem, tiny
 
@@ -45,4 +45,4 @@ def embeddings(shape: dict, device: Any) -> dict[str, Tensor]:
 BENCH = bench.Bench("sdxl", make, backtrack)
 
 if __name__ == "__main__":
-    cli.run(lambda argv: bench.main(BENCH, 3, argv))
+    command.run(lambda argv: bench.main(BENCH, 3, argv), "lower --batch, or raise --accumulate")

@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download
 from PIL import Image
 
 import disback
-from runtime import cli, files, ranks, results
+from runtime import command, files, ranks, results
 from sdxl import model, text
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -23,19 +23,20 @@ ABOUT = "disback.json"
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m sdxl.generate", description=__doc__,
                                      allow_abbrev=False)
-    parser.error = cli.refuse
+    parser.error = command.refuse
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a picture for each and seed")
     parser.add_argument("--student", default="runs/sdxl", help="a run's folder, a file of a UNet's "
                         "weights, or a name on the hub: SYZhang0805/DisBack (default: runs/sdxl)")
     parser.add_argument("--base", help="folder or hub's name of the pipeline around the UNet "
                         f"(default: the student's own, or {BASE})")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the noise (0)")
-    parser.add_argument("--out", type=Path, default="images", help="folder of the PNGs (images)")
+    parser.add_argument("--out", type=command.path, default="images",
+                        help="folder of the PNGs (images)")
     parser.add_argument("--batch", type=int, default=4, help="pictures at a time (4)")
     parser.add_argument("--steps", type=int, choices=[1], default=1, help="the student makes 1")
     args = parser.parse_args(argv)
     if args.batch < 1 or any(not 0 <= seed < 2**63 for seed in args.seeds):
-        cli.refuse("--batch must be 1 or more, and --seeds from 0 to 2**63 - 1")
+        command.refuse("--batch must be 1 or more, and --seeds from 0 to 2**63 - 1")
     with files.blame(f"--out takes a folder, which {args.out} is not"):
         args.out.mkdir(parents=True, exist_ok=True)
     ranks.join_ranks()
@@ -138,4 +139,4 @@ def export(out: Path, folder: Path, rank: int, **about) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main, "lower --batch")

@@ -10,7 +10,7 @@ from conftest import SMALL
 import disback
 from imagenet64 import bench as imagenet64_bench
 from imagenet64 import problem as imagenet64
-from runtime import bench, cli
+from runtime import bench, command
 from sdxl import bench as sdxl_bench
 from sdxl import memory, tiny
 from toy2d import bench as toy_bench
@@ -176,7 +176,7 @@ def test_a_batch_that_is_too_large_leaves_the_others_their_columns(capsys, monke
 def test_a_mistake_ends_it_in_one_line(capsys, monkeypatch, name, argv, cause):
     monkeypatch.setattr(sys, "argv", ["bench.py", *argv])
     with pytest.raises(SystemExit) as ended:
-        cli.run(functools.partial(bench.main, BENCHES[name], 1))
+        command.run(functools.partial(bench.main, BENCHES[name], 1))
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and cause in line

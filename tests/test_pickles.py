@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import disback
 from imagenet64 import edm, pickles
-from runtime import cli, files
+from runtime import command, files
 
 DATA = ROOT / "tests" / "data"
 FIXTURE = DATA / "edm_pkl_fixture_adm.pkl"
@@ -91,7 +91,7 @@ def test_the_command_line_converts_and_names_the_hash(capsys, tmp_path):
 def test_a_wrong_command_line_ends_with_one_line_and_status_2(argv, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["pickles", *argv])
     with pytest.raises(SystemExit) as ended:
-        cli.run(pickles.main)
+        command.run(pickles.main)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -3,19 +3,19 @@
 from typing import Any
 
 import backtrack
-from runtime import bench, cli
+from runtime import bench, command
 from runtime.interface import Problem
 from toy2d import mixture, model, problem
 
 
 def make(config: problem.Config, seed: int, device: Any) -> Problem:
     """The toy with a teacher of random weights."""
-    teacher = model.Denoiser(config.width, config.depth, config.sigma_data)
     data = getattr(mixture, config.data)()
+    teacher = model.Denoiser(config.width, config.depth, config.sigma_data, data.dims)
     return problem.assemble(config, seed, device, data, teacher, "random")
 
 
 BENCH = bench.Bench("toy2d", make, backtrack)
 
 if __name__ == "__main__":
-    cli.run(lambda argv: bench.main(BENCH, 500, argv))
+    command.run(lambda argv: bench.main(BENCH, 500, argv), "lower --batch, or raise --accumulate")

@@ -8,7 +8,7 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from torch import Tensor, nn
 
 import disback
-from runtime import ranks
+from runtime import files, ranks
 from runtime.plots import (
     DATA,
     STUDENT,
@@ -154,9 +154,8 @@ def draw_gif(file: Path, nodes: list[Tensor], snapshots: list, points: Tensor) -
 
     animation = FuncAnimation(figure, show, frames=len(snapshots) + 10)  # rest on the last
     if ranks.rank() == 0:
-        beside = file.with_name("beside.gif")
-        animation.save(beside, writer=PillowWriter(fps=6), dpi=80)
-        beside.replace(file)
+        files.atomically(
+            file, lambda beside: animation.save(beside, writer=PillowWriter(fps=6), dpi=80))
     plt.close(figure)
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import backtrack
 import degrade
 import disback
-from runtime import cli, files, results
+from runtime import command, files, results
 from runtime.run import check_finite
 from runtime.study import appending, follow_parent, quiet, words
 from toy2d import mixture, problem, study_figures
@@ -211,10 +211,10 @@ def study(grid: Grid, file: Path, jobs: int, skip_corrupt: bool = False) -> dict
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("study.py", description=__doc__, allow_abbrev=False)
-    parser.error = cli.refuse
+    parser.error = command.refuse
     parser.add_argument("--quick", action="store_true", help="a small grid of some minutes")
-    parser.add_argument("--out", type=Path, help="folder of lines.jsonl and the figures (default: "
-                        "toy2d/study, or runs/study of a quick one)")
+    parser.add_argument("--out", type=command.path, help="folder of lines.jsonl and the figures "
+                        "(default: toy2d/study, or runs/study of a quick one)")
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="only these: " + " ".join(CELLS))
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these: " + " ".join(ARMS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (all cores)")
@@ -222,7 +222,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--skip-corrupt", action="store_true", help="go on past corrupt lines")
     args = parser.parse_args(argv)
     if args.jobs < 1:
-        cli.refuse(f"--jobs must be at least 1, not {args.jobs}")
+        command.refuse(f"--jobs must be at least 1, not {args.jobs}")
     whole = QUICK if args.quick else FULL
     grid = select(whole, args.cells, args.arms)
     file = (args.out or (Path("runs/study") if args.quick else FOLDER)) / "lines.jsonl"
@@ -234,4 +234,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

@@ -1,0 +1,59 @@
+"""How a command of this project ends, and what its words may be."""
+
+import argparse
+import io
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from disback import Refusal
+from runtime import files, ranks
+
+
+def run(main: Callable[[list[str]], None], memory: str = "") -> None:
+    """Run a command. A Refusal, a failing disk, a failing compiler or too little memory ends it in
+    a line, status 2; an interrupt in a line, status 130. `memory` is what helps with the third."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no UTF-8
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt as interrupt:
+        end(130, "interrupted", str(interrupt))
+    except Exception as error:
+        if files.out_of_memory(error):
+            end(2, str(error), f"({memory})" if memory else "")
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            end(2, "--compile failed: --no-compile runs without;", str(error)[:300])
+        if not isinstance(error, Refusal | OSError):
+            raise
+        end(2, str(error))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def end(status: int, *said: str) -> None:
+    who = f"error on rank {ranks.rank()}:" if dist.is_initialized() else "error:"
+    print("\n" * (status != 2) + who, *" ".join(said).split(), file=sys.stderr)
+    sys.exit(status)
+
+
+def refuse(message: str) -> None:
+    raise Refusal(f"{message} (--help lists what there is)")
+
+
+def path(text: str) -> Path:
+    """A path of the command line; ~ is the home folder, as in a shell."""
+    if not text:
+        raise argparse.ArgumentTypeError("a path must not be empty")
+    return Path(os.path.expanduser(text))
+
+
+def check_compiler() -> None:
+    """Refuse --compile where the compiler of what torch generates is missing."""
+    named = os.environ.get("CXX"), os.environ.get("CC")
+    if not any(name and shutil.which(name) for name in (*named, "c++", "g++", "clang++", "gcc")):
+        refuse("--compile needs a C++ compiler and finds none: install g++, or use --no-compile")
