@@ -469,7 +469,7 @@ def test_a_real_unpickler_runs_such_a_call_and_writes_the_tripwire(tripwire):
 
 def test_the_fixture_cut_off_anywhere_is_refused():
     data = FIXTURE.read_bytes()
-    for end in range(0, len(data), 1024):
+    for end in range(0, len(data), 4099):
         with pytest.raises(disback.Refusal):
             pickles.read(bytearray(data[:end]))
 
@@ -508,6 +508,6 @@ def test_a_changed_byte_is_refused_or_changes_no_name_and_no_shape_that_would_lo
     file, net = io.BytesIO(), Small()
     dump(net, file)
     with at_most(2**28):
-        counts = flips(file.getvalue(), 1000, net)
-        assert counts["refused"] > 300 and counts["as it was"] > 100
-        flips(FIXTURE.read_bytes(), 200, edm.Denoiser(**TINY))
+        counts = flips(file.getvalue(), 400, net)
+        assert counts["refused"] > 100 and counts["as it was"] > 40
+        flips(FIXTURE.read_bytes(), 30, edm.Denoiser(**TINY))
