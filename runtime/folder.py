@@ -47,9 +47,10 @@ def enter(stage: str, args: Any) -> None:
         raise Refusal(f"permission denied: {there}; name another --out")
     known = {"problem": args.problem, "preset": args.preset, "seed": args.seed,
              **what_matters(args.config, stage)}
+    recorded = stage == "degrade" and (out / "path" / "path.json").exists()
     if not args.resume:
         refuse_taken(out, args)
-    elif stage == "degrade" and (out / "path" / "path.json").exists():
+    elif recorded:
         path = read_path(out / "path", known)
         must_agree(out / "path", {"nodes": len(path) - 1, "degrade_steps": path.about["steps"][-1]},
                    {name: known[name] for name in ("nodes", "degrade_steps")})
@@ -63,6 +64,11 @@ def enter(stage: str, args: Any) -> None:
             raise Refusal(f"--compare {args.compare} is this run itself: name another one")
     if ranks.rank() == 0:
         lock(out)
+    if args.resume and recorded:
+        if ranks.rank() == 0:
+            (out / "path" / "state.pt").unlink(missing_ok=True)
+            print(f"{len(path) - 1} nodes are recorded already in {out / 'path'}")
+        sys.exit()
 
 
 def lock(out: Path) -> None:
