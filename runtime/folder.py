@@ -52,7 +52,7 @@ def claim(args: Any, problem: Problem, stage: str, settings: dict) -> None:
 
 def open_path(folder: Path, problem: Problem) -> DegradationPath:
     """A recorded path, which must have been recorded by the same flags."""
-    path = DegradationPath(folder, problem.load_node or files.load_net)
+    path = DegradationPath(folder, problem.load_node)
     must_agree(folder, path.about, problem.about)
     return path
 
