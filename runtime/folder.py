@@ -167,7 +167,7 @@ def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
         raise Refusal(f"{what} was made with {called} {then.get(name)}, not {value}: {why}")
 
 
-def read_path(folder: Path, known: dict, load_node: Any = files.load_net) -> DegradationPath:
+def read_path(folder: Path, known: dict, load_node: Any = None) -> DegradationPath:
     """A recorded path, which must have been recorded by the same flags as far as it names them."""
     path = DegradationPath(folder, load_node)
     must_agree(folder, path.about, known, some=True)
@@ -177,7 +177,7 @@ def read_path(folder: Path, known: dict, load_node: Any = files.load_net) -> Deg
 
 def open_path(folder: Path, problem: Problem) -> DegradationPath:
     """The same for a problem, all of whose flags the path must name."""
-    path = read_path(folder, {}, problem.load_node or files.load_net)
+    path = read_path(folder, {}, problem.load_node)
     must_agree(folder, path.about, problem.about)
     return path
 
