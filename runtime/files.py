@@ -93,7 +93,7 @@ def load_net(file: pathlib.Path, net: nn.Module, remedy: str = "make it again") 
 def remedy(file: pathlib.Path, otherwise: str) -> str:
     """What helps against a broken file: who made it decides. `otherwise` it is the user's."""
     ours = file.absolute().is_relative_to(cached("").absolute())
-    return "remove it, and it is made or fetched again" if ours else otherwise
+    return f"remove {file}, and it is made or fetched again" if ours else otherwise
 
 
 def save_json(file: pathlib.Path, value: Any) -> None:

@@ -14,13 +14,11 @@ from runtime.folder import read_log
 from runtime.plots import plt, read_snapshots, save, switches
 
 
-def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None, folder: Path,
+def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None, vae: AutoencoderKL,
          teacher: torch.nn.Module, sample: Callable, prompts: list[str]) -> None:
     """path.png, student.png and mismatch.png in OUT/figures. `sample` draws the latents [n, ...]
     of a network from the noise and `prompts` (n) that the snapshots have; the columns are those."""
     (out / "figures").mkdir(exist_ok=True)
-    with files.blame(f"the VAE in {folder} is broken: fetch it again"):
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
     vae.to(next(teacher.parameters()).device)
     rows = []
     for node in range(len(path) if path else 1):
@@ -43,7 +41,10 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> list:
     """RGB pictures [h, w, 3] in 0 to 1 of latents [n, 4, h, w]; one at a time, to spare memory."""
     pictures = (vae.decode(latent[None].float() / vae.config.scaling_factor).sample[0]
                 for latent in latents)
-    return [(x / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu().numpy() for x in pictures]
+    pictures = [(x / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu() for x in pictures]
+    if not all(picture.isfinite().all() for picture in pictures):
+        raise disback.Refusal("a picture is not finite: the run has diverged, try lower rates")
+    return [picture.numpy() for picture in pictures]
 
 
 def moments(out: Path) -> list[tuple[int, int, Tensor]]:

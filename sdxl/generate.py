@@ -1,4 +1,5 @@
-"""Images in one step, of a student or of the weights that the authors of DisBack published."""
+"""Images in one step, of a student or of the weights that the authors of DisBack published; and
+the student's folder for diffusers and the hub."""
 
 import argparse
 import os
@@ -7,17 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import LCMScheduler, StableDiffusionXLPipeline
-from huggingface_hub import hf_hub_download
+from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline
+from huggingface_hub import ModelCardData, hf_hub_download
 from PIL import Image
 
 import disback
 from runtime import command, files, ranks, results
-from sdxl import model, text
+from sdxl import layout, model, text
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 WEIGHTS = "SDXL_DisBack.bin"  # the name of the published weights, and of the student's
 ABOUT = "disback.json"
+CARD = Path(__file__).with_name("card.md")
 
 
 def main(argv: list[str]) -> None:
@@ -30,15 +32,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--base", help="folder or hub's name of the pipeline around the UNet "
                         f"(default: the student's own, or {BASE})")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the noise (0)")
-    parser.add_argument("--out", type=command.path, default="images",
-                        help="folder of the PNGs (images)")
+    parser.add_argument("--out", type=command.path, help="folder of the PNGs (default: "
+                        "images in the run's folder, or runs/images)")
     parser.add_argument("--batch", type=int, default=4, help="pictures at a time (4)")
     parser.add_argument("--steps", type=int, choices=[1], default=1, help="the student makes 1")
     args = parser.parse_args(argv)
     if args.batch < 1 or any(not 0 <= seed < 2**63 for seed in args.seeds):
         command.refuse("--batch must be 1 or more, and --seeds from 0 to 2**63 - 1")
-    with files.blame(f"--out takes a folder, which {args.out} is not"):
-        args.out.mkdir(parents=True, exist_ok=True)
+    run = Path(args.student).expanduser()
+    out = args.out or (run if (run / "student").is_dir() else Path("runs")) / "images"
+    with files.blame(f"--out takes a folder, which {out} is not"):
+        if args.out or run in out.parents:  # else there may be no student
+            out.mkdir(parents=True, exist_ok=True)
     ranks.join_ranks()
     with ranks.first_rank_first():
         pipe, about = load(args.student, args.base)
@@ -47,29 +52,32 @@ def main(argv: list[str]) -> None:
     seeds = list(dict.fromkeys(args.seeds))  # a seed that is given twice makes one picture
     jobs = [(prompt, seed) for prompt in args.prompts for seed in seeds]
     numbered = results.SplitOverRanks(
-        lambda numbers: pixels(pictures(pipe, about, [jobs[i] for i in numbers])))
+        lambda numbers: pictures(pipe, about, [jobs[i] for i in numbers]))
     size = ranks.world_size()  # the ranks share batches; the last picture fills up the last one
     batch, count = (-(-n // size) * size for n in (args.batch, len(jobs)))
     parts = torch.arange(count).clamp(max=len(jobs) - 1).split(batch)
     images = [Image.fromarray(image.numpy()) for part in parts for image in numbered(part)]
     del images[len(jobs):]
     for i, (image, (_, seed)) in enumerate(zip(images, jobs)):
-        save_png(args.out / f"{i // len(seeds):02d}-{seed}.png", image)
-    save_png(args.out / "grid.png", grid(images, len(seeds)))
+        save_png(out / f"{i // len(seeds):02d}-{seed}.png", image)
+    save_png(out / "grid.png", grid(images, len(seeds)))
     if ranks.rank() == 0:
-        print(f"{len(images)} pictures and grid.png are in {args.out}")
+        print(f"{len(images)} pictures and grid.png are in {out}")
 
 
 def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeline, dict]:
     """A pipeline around the student's UNet, in fp16 on a GPU, and what the student says of itself:
     its base, timestep and size in pixels."""
     file, about = find(student)
-    folder = model.find(about["base"] if base is None else base, files.cached(""),
-                        "--base")
+    base = about["base"] if base is None else base
+    base = local_base(file.parent.parent) if base is None else base
+    folder = layout.find(base, files.cached(""), "--base")
     unet = model.load_unet(files.load_json(folder / "unet/config.json", "fetch it again"), file)
     with files.blame(f"{folder} is no SDXL pipeline: fetch it again, or name another by --base"):
-        pipe = StableDiffusionXLPipeline.from_pretrained(folder, unet=unet)
-    about.setdefault("size", unet.config.sample_size * model.vae_scale(folder))
+        pipe = StableDiffusionXLPipeline.from_pretrained(
+            folder, unet=unet, vae=model.load_part(AutoencoderKL, folder, "vae"),
+            **text.encoders(folder))
+        about.setdefault("size", unet.config.sample_size * layout.vae_scale(folder))
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return (pipe.to(ranks.device(), torch.float16) if torch.cuda.is_available() else pipe), about
@@ -77,29 +85,57 @@ def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeli
 
 def find(student: str) -> tuple[Path, dict]:
     """The file of a student's weights, and about it; Refusal where there is none."""
-    place, about = Path(student), {"base": BASE, "timestep": 399}
+    place, about = Path(student).expanduser(), {"base": BASE, "timestep": 399}
     for folder in (place / "student", place):
         if (folder / ABOUT).is_file():
-            return folder / WEIGHTS, about | files.load_json(folder / ABOUT, "export it again")
+            return folder / WEIGHTS, about | read_about(folder / ABOUT)
+    if place.is_file():
+        return place, about
     if place.is_dir():
         raise disback.Refusal(f"{place} holds no student: let backtrack.py sdxl end first")
+    if not layout.on_hub(student):
+        raise disback.Refusal(f"{student} is not here: run degrade.py sdxl and backtrack.py sdxl, "
+                              "or name another run or file by --student")
     with files.blame(f"{student} is no folder or file here and the hub gave no {WEIGHTS}: where "
                        "there is a network, fetch that file and name it by --student"):
-        return place if place.is_file() else Path(hf_hub_download(student, WEIGHTS)), about
+        return Path(hf_hub_download(student, WEIGHTS)), about
 
 
-def pictures(pipe: StableDiffusionXLPipeline, about: dict, jobs: list[tuple[str, int]]) -> list:
-    """An image for each (prompt, seed): one step at the student's timestep, without guidance. An
-    image depends on its own seed alone, whatever else is in the batch."""
+def read_about(file: Path) -> dict:
+    """What a student says of itself; Refusal where a value cannot be."""
+    remedy = "backtrack.py sdxl --resume writes it again"
+    about = files.load_json(file, remedy)
+    good = {"base": lambda base: base is None or isinstance(base, str),
+            "timestep": lambda t: type(t) is int and 0 <= t < 1000,
+            "size": lambda size: type(size) is int and size in range(8, 2**16, 8)}
+    for name in good.keys() & about.keys():
+        if not good[name](about[name]):
+            raise disback.Refusal(f"{file} has {name} {about[name]!r}, which cannot be: {remedy}")
+    return about
+
+
+def local_base(run: Path) -> str:
+    """The folder of the base that a run's student is of, which it keeps to itself on the hub."""
+    remedy = "name its folder by --base"
+    with files.blame(f"the base of the student in {run} is no model of the hub: {remedy}"):
+        base = Path(files.load_json(run / "config.json", remedy)["backtrack"]["model"])
+        if not base.expanduser().is_dir():
+            raise ValueError(f"{base} is not here")
+        return str(base)
+
+
+def pictures(pipe: StableDiffusionXLPipeline, about: dict,
+             jobs: list[tuple[str, int]]) -> torch.Tensor:
+    """An image, uint8 [h, w, 3], for each (prompt, seed): one step at the student's timestep,
+    without guidance. It depends on its own seed alone, whatever else is in the batch."""
     noise = [torch.Generator("cpu").manual_seed(seed) for _, seed in jobs]
-    return pipe([prompt for prompt, _ in jobs], num_inference_steps=1, guidance_scale=0,
-                timesteps=[about["timestep"]], generator=noise, height=about["size"],
-                width=about["size"]).images
-
-
-def pixels(images: list) -> torch.Tensor:
-    """uint8 [n, h, w, 3] of n images."""
-    return torch.stack([torch.from_numpy(np.array(image)) for image in images])
+    images = pipe([prompt for prompt, _ in jobs], num_inference_steps=1, guidance_scale=0,
+                  timesteps=[about["timestep"]], generator=noise, height=about["size"],
+                  width=about["size"], output_type="np").images
+    if not np.isfinite(images).all():
+        raise disback.Refusal("a picture is not finite: the student, or the VAE of its base, has "
+                              "weights too large; name another by --student or --base")
+    return torch.from_numpy((images * 255).round().astype("uint8"))
 
 
 def grid(images: list, columns: int) -> Image.Image:
@@ -117,12 +153,13 @@ def save_png(file: Path, image: Image.Image) -> None:
 
 def export(out: Path, folder: Path, rank: int, **about) -> None:
     """Write OUT/student from OUT/student.safetensors, for diffusers: the UNet as save_pretrained
-    has it and as a plain state dict, the scheduler, and `about`, with the timestep. Adapters of
-    a `rank` above 0 are added to the weights of the base in `folder`."""
+    has it and as a plain state dict, the scheduler, a model card, and `about`: the timestep, the
+    size, and the base's name on the hub, None where it has none. Adapters of a `rank` above 0 are
+    added to the weights of the base in `folder`."""
     config = files.load_json(folder / "unet" / "config.json", "fetch it again")
     file = out / "student.safetensors"
-    unet = (model.merged(config, folder / model.WEIGHTS[0], file, rank) if rank
-            else model.load_unet(config, file))
+    unet = model.merged(folder, file, rank) if rank else model.load_unet(config, file)
+    unet.register_to_config(_name_or_path="")  # no path of this machine goes to the hub
     beside = out / ".student"
     shutil.rmtree(beside, ignore_errors=True)
     try:
@@ -132,10 +169,21 @@ def export(out: Path, folder: Path, rank: int, **about) -> None:
                 beside / "scheduler")
             torch.save(unet.state_dict(), beside / WEIGHTS)
             files.save_json(beside / ABOUT, about)
+            (beside / "README.md").write_text(card(**about))
             shutil.rmtree(out / "student", ignore_errors=True)
             os.replace(beside, out / "student")
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def card(base: str | None, timestep: int, size: int) -> str:
+    """The model card for the hub, whose metadata name the base and its licence."""
+    licence = dict(license="openrail++") if base == BASE else dict(
+        license="other", license_name="as-the-base-model")
+    metadata = ModelCardData(base_model=base or None, library_name="diffusers", tags=["disback"],
+                             pipeline_tag="text-to-image", **licence)
+    return CARD.read_text().format(metadata=metadata.to_yaml().strip(), timestep=timestep,
+                                   size=size, base=base or "OWNER/BASE-MODEL")
 
 
 if __name__ == "__main__":

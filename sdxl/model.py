@@ -1,4 +1,4 @@
-"""SDXL's UNet as a denoiser, and its files: a local folder of diffusers' layout, or the hub's."""
+"""SDXL's UNet as a denoiser, its noise levels, and the weights of a pipeline's parts."""
 
 import copy
 from collections.abc import Callable
@@ -6,20 +6,13 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import disback
 from runtime import files, place
-from sdxl import tiny
-
-# What is read of a pipeline's folder; the rest of the hub's (fp16, ONNX, Flax) is left there.
-WEIGHTS = ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-           "text_encoder/model.safetensors", "text_encoder_2/model.safetensors")
-FILES = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
-         "vae/config.json", "text_encoder/config.json", "text_encoder_2/config.json", *WEIGHTS)
+from sdxl import layout
 
 ADAPTED = ("to_q", "to_k", "to_v", "to_out.0")  # the linear maps that LoRA adds to
 MINUS_TEACHER = "minus_teacher."  # before a difference's names, lest it be taken for weights
@@ -85,39 +78,6 @@ def guide(net: Callable, x: Tensor, sigma: Tensor, cond: dict[str, Tensor],
     return without + scale * (given - without)
 
 
-def find(model: str, cache: Path, flag: str = "--model") -> Path:
-    """The folder of `model`: the tiny pipeline's where it is empty, itself where it is a folder,
-    and what the hub has under that name, fetched on first use, where it is not. Refuses, naming the
-    `flag` that takes another, what lacks a file or has a broken one."""
-    folder = Path(model) if model else tiny.folder(cache)
-    if model and not folder.is_dir():
-        with files.blame(f"model {model} is no folder here and was not to be had from the hub: "
-                           f"where there is a network, fetch {', '.join(FILES)}, tokenizer/* and "
-                           f"tokenizer_2/*, and name their folder by {flag}"):
-            folder = Path(snapshot_download(model, allow_patterns=[*FILES, "tokenizer*/*"]))
-    missing = [name for name in FILES if not (folder / name).is_file()]
-    for name in ("tokenizer", "tokenizer_2"):  # transformers 5 writes the one file, the hub has two
-        words = (folder / name / file for file in ("vocab.json", "merges.txt"))
-        if not (folder / name / "tokenizer.json").is_file():
-            missing += [str(file.relative_to(folder)) for file in words if not file.is_file()]
-    if missing:
-        raise disback.Refusal(f"{folder} lacks {', '.join(missing)}: {flag} takes the folder of "
-                              "an SDXL pipeline in diffusers' layout")
-    for name in WEIGHTS:
-        with files.blame(f"{folder / name} is broken: fetch it again"), safe_open(
-                folder / name, "pt"):
-            pass
-    vae_scale(folder)
-    return folder
-
-
-def vae_scale(folder: Path) -> int:
-    """Pixels, across, of an image for each of its latents."""
-    file = folder / "vae" / "config.json"
-    with files.blame(f"{file} is no VAE's: fetch it again"):
-        return 2 ** (len(files.load_json(file, "fetch it again")["block_out_channels"]) - 1)
-
-
 def load(folder: Path) -> tuple[UNet2DConditionModel, Tensor]:
     """The UNet in float32, and sigma [1000] of its timesteps, ascending. Refuses what is not SDXL,
     does not predict eps, or has another kind of noise schedule."""
@@ -128,7 +88,29 @@ def load(folder: Path) -> tuple[UNet2DConditionModel, Tensor]:
         raise disback.Refusal(f"{folder} is not SDXL but {kind} (addition_embed_type {added}): "
                               "name an SDXL base model by --model")
     sigmas = load_sigmas(folder)  # first, as it takes no time
-    return load_unet(config, folder / WEIGHTS[0]), sigmas
+    return load_part(UNet2DConditionModel, folder, "unet"), sigmas
+
+
+def load_part(kind: type, folder: Path, part: str) -> nn.Module:
+    """A part of the pipeline in float32, of exactly the weights in its files; Refusal where one is
+    missing, unknown, of another shape, no float or not finite."""
+    found, variant = layout.weights(folder, part)
+    with files.blame(f"{found[0] if len(found) == 1 else folder / part} does not hold this "
+                     f"{kind.__name__}: {files.remedy(folder, 'fetch it again')}"):
+        net, report = kind.from_pretrained(folder / part, variant=variant, dtype=torch.float32,
+                                           use_safetensors=True, output_loading_info=True)
+        if any(report.values()):
+            raise ValueError(", ".join(f"{what}: {sorted(names)[:2]}"
+                                       for what, names in report.items() if names))
+        for file in found:
+            held = safe_open(file, "pt")
+            types = {name: held.get_slice(name).get_dtype() for name in held.keys()}  # noqa: SIM118
+            for name, dtype in types.items():
+                if not dtype.startswith(("F", "BF")) and not name.endswith("position_ids"):
+                    raise ValueError(f"{name} is of type {dtype}")
+        if broken := [name for name, w in net.state_dict().items() if not w.isfinite().all()]:
+            raise ValueError(f"not finite: {', '.join(broken)}")
+    return net.eval()
 
 
 def load_sigmas(folder: Path) -> Tensor:
@@ -153,15 +135,17 @@ def load_sigmas(folder: Path) -> Tensor:
 
 
 def load_unet(config: dict, file: Path) -> UNet2DConditionModel:
-    """A UNet in float32 of exactly the weights in `file`, which may be Denoiser's; of a safetensors
-    file no second copy is made. Nothing is unpickled but tensors."""
-    with files.blame(f"{file} does not hold this UNet: fetch it again, or name its own base"):
+    """A UNet in float32 of exactly the weights in one `file`, which may be Denoiser's; of a
+    safetensors file no second copy is made. Nothing is unpickled but tensors."""
+    with files.blame(f"{file} does not hold this UNet: name another file, or its own base"):
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(config)
         state = (load_file(file) if file.suffix == ".safetensors"
                  else torch.load(file, map_location="cpu", weights_only=True))
-        state = {name.removeprefix("unet."): value.float() for name, value in state.items()}
-        unet.load_state_dict(state, strict=True, assign=True)
+        if all(name.startswith("unet.") for name in state):
+            state = {name.removeprefix("unet."): value for name, value in state.items()}
+        disback.must_fit(unet, state)
+        unet.load_state_dict({name: w.float() for name, w in state.items()}, assign=True)
     return unet.eval()
 
 
@@ -181,9 +165,9 @@ def adapt(unet: UNet2DConditionModel, rank: int) -> UNet2DConditionModel:
     return unet
 
 
-def merged(config: dict, base: Path, adapters: Path, rank: int) -> UNet2DConditionModel:
-    """A plain UNet of the weights in `base` with the adapters in `adapters` added."""
-    unet = adapt(load_unet(config, base), rank)
+def merged(folder: Path, adapters: Path, rank: int) -> UNet2DConditionModel:
+    """The plain UNet of a pipeline's folder with the adapters in the file `adapters` added."""
+    unet = adapt(load_part(UNet2DConditionModel, folder, "unet"), rank)
     files.load_net(adapters, Denoiser(unet, torch.ones(1), 0))
     unet.fuse_lora()
     unet.unload_lora()

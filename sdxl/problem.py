@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import disback
 from runtime import files, interface, ranks
 from runtime.interface import setting
-from sdxl import figures, generate, memory, model, text, tiny
+from sdxl import figures, generate, layout, memory, model, text, tiny
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,28 +76,29 @@ def make(config: Config, seed: int = 0,
          device: torch.device | str = "cpu") -> interface.Problem:
     """SDXL as the stages see it.
 
-    The prompts' embeddings are cached on first use; the model is found by `sdxl.model.find`.
+    The prompts' embeddings are cached on first use; the model is found by `sdxl.layout.find`.
     """
     prompts = text.read_prompts(config.prompts or text.SHIPPED)
     cache = files.cached("")
-    folder = model.find(config.model, cache)
+    folder = layout.find(config.model, cache)
     bank = text.embed(folder, prompts, cache, device)
     teacher, sigmas = as_denoiser(*model.load(folder), config, device)
+    vae = model.load_part(AutoencoderKL, folder, "vae")  # now: the figures come after days
     made = assemble(config, seed, device, teacher, sigmas, bank,
-                    config.size // model.vae_scale(folder))
+                    config.size // layout.vae_scale(folder))
     shown = made.snapshot()
 
     def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None) -> None:
-        local = config.model and folder == Path(config.model)  # whoever serves is elsewhere
+        local = config.model and folder == Path(config.model).expanduser()
         if ranks.rank() == 0:
             generate.export(out, folder, config.rank, timestep=config.timestep, size=config.size,
-                            base=str(folder.absolute()) if local else config.model)
+                            base=None if local else config.model)
         ranks.barrier()
-        figures.draw(out, path, compare, folder, teacher,
+        figures.draw(out, path, compare, vae, teacher,
                      lambda net: sample(partial(made.guide, net), *shown, sigmas),
                      [prompts[i] for i in shown[1]["prompt"]])
 
-    hashes = [files.sha256(folder / name) for name in model.FILES]
+    hashes = [files.sha256(file) for file in layout.read(folder)]
     about = made.about | {
         "model_sha256": hashlib.sha256("".join(hashes).encode()).hexdigest(),
         "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
@@ -144,11 +145,11 @@ def as_denoiser(unet: UNet2DConditionModel, sigmas: Tensor, config: Config,
 
 def dry_run(config: Config) -> str:
     """The table of memory and disk that a run would take; nothing is fetched or allocated."""
-    file, note = Path(config.model, "unet", "config.json"), ""
+    file, note = Path(config.model, "unet", "config.json").expanduser(), ""
     if not config.model:
         unet, scale = dict(tiny.unet().config), 2
     elif file.is_file():
-        unet, scale = files.load_json(file, "no UNet"), model.vae_scale(Path(config.model))
+        unet, scale = files.load_json(file, "no UNet"), layout.vae_scale(file.parents[1])
     else:
         unet, scale = memory.BASE, 8
         if config.model != FULL.model:

@@ -8,18 +8,20 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import disback
 from runtime import files
+from sdxl import layout, model
 
 SHIPPED = Path(__file__).with_name("prompts.txt")
 
 
 def read_prompts(file: str | Path) -> list[str]:
-    """The lines of a UTF-8 text file that are not blank; Refusal where there are none."""
+    """The lines of a UTF-8 text file that are not blank, ended by line feeds alone; Refusal where
+    there are none."""
     try:
-        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(file).expanduser().read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise disback.Refusal(f"{file} is not UTF-8 at byte {error.start}: save it as UTF-8, a "
                               "prompt a line") from error
@@ -37,27 +39,44 @@ def embed(folder: Path, prompts: list[str], cache: Path,
     """text [prompts, 77, c] and pooled [prompts, p] on `device`, as diffusers' encode_prompt has
     them; from the cache where these prompts were embedded by these encoders before."""
     parts = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
-    read = sorted(file for part in parts for file in (folder / part).iterdir()
-                   if file.is_file() and "fp16" not in file.name)
+    read = sorted(file for part in parts for file in (
+        *(folder / part).glob("*.json"), *(folder / part).glob("*.txt"),
+        *(layout.weights(folder, part)[0] if part in layout.PARTS else ())))
     depends_on = repr([prompts, [(str(f.relative_to(folder)), files.sha256(f)) for f in read]])
     name = hashlib.sha256(depends_on.encode()).hexdigest()[:16]
     file = cache / f"sdxl-text-{name}.safetensors"
     if not file.exists():
         files.save_tensors(file, encode(folder, prompts, device))
     with files.blame(f"{file} is broken: remove it"):
-        return {name: tensor.to(device) for name, tensor in load_file(file).items()}
+        bank = load_file(file)
+        for name in ("text", "pooled"):
+            if len(bank[name]) != len(prompts) or not bank[name].isfinite().all():
+                raise ValueError(f"{name} is not finite, or of other prompts")
+        return {name: tensor.to(device) for name, tensor in bank.items()}
 
 
 @torch.no_grad()
 def encode(folder: Path, prompts: list[str], device: torch.device | str) -> dict[str, Tensor]:
     """Both text encoders on all prompts; says how many are longer than they read."""
     with files.blame(f"text encoders or tokenizers in {folder} are broken: fetch them again"):
-        pipe = StableDiffusionXLPipeline.from_pretrained(folder, unet=None, vae=None).to(device)
+        pipe = StableDiffusionXLPipeline.from_pretrained(
+            folder, unet=None, vae=None, **encoders(folder)).to(device)
     note_long(prompts, pipe.tokenizer)
     parts = [pipe.encode_prompt(prompts[i:i + 16], do_classifier_free_guidance=False)
              for i in range(0, len(prompts), 16)]
-    return {"text": torch.cat([part[0] for part in parts]).cpu(),
+    bank = {"text": torch.cat([part[0] for part in parts]).cpu(),
             "pooled": torch.cat([part[2] for part in parts]).cpu()}
+    if not all(tensor.isfinite().all() for tensor in bank.values()):
+        raise disback.Refusal(f"the text encoders in {folder} answer with what is not finite: "
+                              "fetch them again")
+    return bank
+
+
+def encoders(folder: Path) -> dict:
+    """Both text encoders of a pipeline's folder, as a pipeline takes them."""
+    return {"text_encoder": model.load_part(CLIPTextModel, folder, "text_encoder"),
+            "text_encoder_2": model.load_part(CLIPTextModelWithProjection, folder,
+                                              "text_encoder_2")}
 
 
 def note_long(prompts: list[str], tokenizer: CLIPTokenizer) -> None:

@@ -247,11 +247,11 @@ def test_sharded_sdxl_records_and_learns_what_accumulation_does_on_one_rank(tmp_
 
 
 def test_two_ranks_share_the_pictures_of_one_and_the_first_writes_them(tmp_path, capfd):
-    from sdxl import generate, model
+    from sdxl import generate, layout
 
-    base = model.find("", tmp_path)
-    argv = ["a dog", "a cat", "q " * 80, "--student", str(base / model.WEIGHTS[0]), "--base",
-            str(base), "--batch", "3", "--out"]
+    base = layout.find("", tmp_path)
+    argv = ["a dog", "a cat", "q " * 80, "--batch", "3", "--base", str(base),
+            "--student", str(base / "unet/diffusion_pytorch_model.safetensors"), "--out"]
     generate.main([*argv, str(tmp_path / "one")])
     alone = capfd.readouterr().err
     said, codes = two_ranks(stages(first=f"""

@@ -18,8 +18,9 @@ import backtrack
 import degrade
 import disback
 from runtime import files, folder
-from sdxl import generate, model, problem, text
+from sdxl import generate, layout, model, problem, text
 
+UNET = "unet/diffusion_pytorch_model.safetensors"
 SMALL = ["--steps", "3", "--nodes", "2", "--log-every", "50"]
 
 
@@ -38,7 +39,7 @@ def prompts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return model.find("", tmp_path_factory.getbasetemp())
+    return layout.find("", tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture
@@ -70,9 +71,9 @@ def test_values_that_make_no_sense_are_refused_by_name(changes, cause):
 def test_without_network_or_local_model_the_files_and_the_flag_are_named(offline, tmp_path, name):
     preset, changes = ("tiny", {"model": name}) if name else ("full", {})
     line = refused(make, problem, preset, **changes)
-    assert "--model" in line and "unet/diffusion_pytorch_model.safetensors" in line
+    assert "--model" in line and UNET in line
     assert "text_encoder_2/model.safetensors" in line and "tokenizer_2/" in line
-    assert "Error: " in line  # and what the hub's client said
+    assert ("Error: " in line) == (name in ("", "somebody/something"))  # what the hub's client said
 
 
 def test_a_run_without_a_model_writes_nothing(offline, tmp_path):
@@ -80,7 +81,7 @@ def test_a_run_without_a_model_writes_nothing(offline, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "model_index.json",
+@pytest.mark.parametrize("file", [UNET, "model_index.json",
                                   "scheduler/scheduler_config.json"])
 def test_a_folder_that_lacks_a_file_is_refused_naming_it(mine, file):
     (mine / file).unlink()
@@ -101,29 +102,31 @@ def test_a_tokenizer_is_one_file_or_two_and_is_missed_before_anything_is_compute
     for name in ("tokenizer", "tokenizer_2"):
         (mine / name / "tokenizer.json").unlink()
         (mine / name / "vocab.json").touch()
-    line = refused(model.find, str(mine), mine)
+    line = refused(layout.find, str(mine), mine)
     assert "lacks tokenizer/merges.txt, tokenizer_2/merges.txt: --model" in line
     for name in ("tokenizer", "tokenizer_2"):
         (mine / name / "merges.txt").touch()
-    assert model.find(str(mine), mine) == mine
+    assert layout.find(str(mine), mine) == mine
 
 
-@pytest.mark.parametrize("name", model.WEIGHTS)
+@pytest.mark.parametrize("name", [
+    f"{part}/{stem}.safetensors" for part, stem in layout.PARTS.items()])
 def test_weights_that_were_cut_off_are_found_before_anything_is_computed(mine, name):
     (mine / name).write_bytes((mine / name).read_bytes()[:-100])
-    line = refused(model.find, str(mine), mine)
+    line = refused(layout.find, str(mine), mine)
     assert f"{mine / name} is broken: fetch it again" in line
 
 
 def test_a_vae_of_no_size_is_found_before_anything_is_computed(mine):
     (mine / "vae" / "config.json").write_text("{}")
-    assert "vae/config.json is no VAE's" in refused(model.find, str(mine), mine)
+    assert "vae/config.json is no VAE's" in refused(layout.find, str(mine), mine)
 
 
 @pytest.mark.parametrize("name", ["text_encoder/config.json", "tokenizer/tokenizer.json"])
 def test_broken_text_encoders_and_tokenizers_are_refused_with_the_remedy(mine, tmp_path, name):
     (mine / name).write_text("{")
-    assert "fetch them again" in refused(text.embed, mine, ["a dog"], tmp_path)
+    line = refused(text.embed, mine, ["a dog"], tmp_path)
+    assert str(mine) in line and ("fetch them again" in line or "fetch it again" in line)
 
 
 @pytest.mark.parametrize("changes, cause", [
@@ -152,7 +155,7 @@ def test_a_scheduler_that_does_not_predict_epsilon_is_refused(mine, kind):
 
 
 def test_weights_that_are_not_the_unets_are_refused_naming_the_file(mine):
-    file = mine / model.WEIGHTS[0]
+    file = mine / UNET
     whole = file.read_bytes()
     for spoilt in (whole[:-100], b"", b"weights"):
         file.write_bytes(spoilt)
@@ -172,6 +175,14 @@ def test_prompts_that_cannot_be_read_are_refused(tmp_path, content, cause):
         file.write_bytes(content)
     line = refused(make, problem, "tiny", prompts=str(file))
     assert cause in line and str(file) in line
+
+
+def test_line_feeds_alone_separate_prompts(tmp_path):
+    """Not the other ends of lines of Unicode, which copied texts have inside."""
+    inside = "".join(map(chr, [0x0B, 0x0C, 0x0D, 0x1C, 0x1D, 0x1E, 0x85, 0x2028, 0x2029]))
+    odd = [f"a{end}b" for end in inside]
+    (tmp_path / "odd.txt").write_bytes("\ufeff{}\r\n \n".format("\r\n".join(odd)).encode())
+    assert text.read_prompts(tmp_path / "odd.txt") == odd
 
 
 def test_prompts_over_77_tokens_are_counted_and_cut_as_diffusers_cuts_them(base, tmp_path, capsys):
@@ -217,9 +228,9 @@ def test_every_prompt_is_embedded_whatever_their_number(base, tmp_path):
 
 def test_the_hub_is_asked_for_what_is_read_and_no_more(base, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(model, "snapshot_download", lambda name, allow_patterns: (
+    monkeypatch.setattr(layout, "snapshot_download", lambda name, allow_patterns: (
         asked.append((name, allow_patterns)), base)[1])
-    assert model.find("some/model", tmp_path) == base
+    assert layout.find("some/model", tmp_path) == base
     ((name, patterns),) = asked
     hub = ["sd_xl_base_1.0.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
            "unet/model.onnx", "vae/diffusion_flax_model.msgpack", "vae_1_0/config.json",
@@ -241,8 +252,8 @@ def test_a_path_of_another_teacher_size_or_prompts_is_refused(mine, prompts, tmp
     held = sorted((tmp_path / "run").rglob("*"))
     assert "size" in refused(backtrack.main, [*argv, "--size", "40"])
     assert "prompts_sha256" in refused(backtrack.main, ["sdxl", "--out", str(tmp_path / "run")])
-    weights = load_file(mine / model.WEIGHTS[0])
-    files.save_tensors(mine / model.WEIGHTS[0], {k: 2 * w for k, w in weights.items()})
+    weights = load_file(mine / UNET)
+    files.save_tensors(mine / UNET, {k: 2 * w for k, w in weights.items()})
     assert "model_sha256" in refused(backtrack.main, [*argv, "--model", str(mine)])
     assert sorted((tmp_path / "run").rglob("*")) == held
 
@@ -257,7 +268,7 @@ def test_what_generate_cannot_use_is_refused(offline, base, tmp_path):
         assert "w.bin" in refused(generate.load, str(tmp_path / "w.bin"), str(base))
     torch.save({"unet": torch.zeros(3)}, tmp_path / "w.bin")
     assert "w.bin" in refused(generate.load, str(tmp_path / "w.bin"), str(base))
-    line = refused(generate.load, str(base / model.WEIGHTS[0]), "no/such/place")
+    line = refused(generate.load, str(base / UNET), "no/such/place")
     assert "--base" in line and "--model" not in line
     (tmp_path / "file").touch()
     assert "--out takes a folder" in refused(
@@ -293,7 +304,7 @@ def test_a_node_whose_difference_does_not_fit_is_refused(tmp_path, more, cause):
 
 def test_a_disk_that_is_full_at_the_end_is_told_and_keeps_what_was_there(
         base, tmp_path, monkeypatch):
-    shutil.copy(base / model.WEIGHTS[0], tmp_path / "student.safetensors")
+    shutil.copy(base / UNET, tmp_path / "student.safetensors")
     files.save_json(tmp_path / "student" / "disback.json", {"kept": True})
     save = UNet2DConditionModel.save_pretrained
 
@@ -302,7 +313,7 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_keeps_what_was_there(
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", full)
-    assert "make room" in refused(generate.export, tmp_path, base, 0, base="")
+    assert "make room" in refused(generate.export, tmp_path, base, 0, base="", timestep=1, size=8)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["student", "student.safetensors"]
     assert files.load_json(tmp_path / "student" / "disback.json", "") == {"kept": True}
 

@@ -1,0 +1,103 @@
+"""Where a pipeline's files lie: a local folder of diffusers' layout, or the hub's."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+
+import disback
+from runtime import files
+from sdxl import tiny
+
+# What is read of a pipeline's folder: these, and each part's weights under diffusers' names.
+TEXTS = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
+         "vae/config.json", "text_encoder/config.json", "text_encoder_2/config.json")
+PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
+         "text_encoder": "model", "text_encoder_2": "model"}
+
+
+def weights(folder: Path, part: str) -> tuple[list[Path], str | None]:
+    """The files of a part's weights, a whole or shards, in fp32 or else in fp16, and diffusers'
+    name for that. Where there is none, the name of one that is missing."""
+    stem = folder / part / PARTS[part]
+    for variant, end in ((None, ""), ("fp16", ".fp16")):
+        index, whole = Path(f"{stem}.safetensors.index{end}.json"), Path(f"{stem}{end}.safetensors")
+        if index.is_file():
+            with files.blame(f"{index} is no index of shards: fetch it again"):
+                shards = files.load_json(index, "fetch it again")["weight_map"].values()
+                return sorted({index.parent / name for name in shards}), variant
+        if whole.is_file():
+            return [whole], variant
+    return [Path(f"{stem}.safetensors")], None
+
+
+def read(folder: Path) -> list[Path]:
+    """The files that decide what the model is, but for the tokenizers'."""
+    return [*(folder / name for name in TEXTS),
+            *(file for part in PARTS for file in weights(folder, part)[0])]
+
+
+def patterns(end: str) -> list[str]:
+    """What is fetched from the hub: no ONNX, no Flax, and of fp32 and fp16 one."""
+    return [*TEXTS, "tokenizer*/*", *(
+        f"{part}/{stem}{name}" for part, stem in PARTS.items()
+        for name in (f"{end}.safetensors", f"{end}-*-of-*.safetensors",
+                     f".safetensors.index{end}.json"))]
+
+
+def missing(folder: Path) -> list[str]:
+    """The files that a pipeline's folder lacks."""
+    lacking = [str(file.relative_to(folder)) for file in read(folder) if not file.is_file()]
+    for name in ("tokenizer", "tokenizer_2"):  # transformers 5 writes the one file, the hub has two
+        words = (folder / name / file for file in ("vocab.json", "merges.txt"))
+        if not (folder / name / "tokenizer.json").is_file():
+            lacking += [str(file.relative_to(folder)) for file in words if not file.is_file()]
+    return lacking
+
+
+def on_hub(name: str) -> bool:
+    """Whether the hub may be asked for it: OWNER/NAME that is no place here, nor meant as one."""
+    owner, _, rest = name.partition("/")
+    return (all(re.fullmatch(r"\w[\w.-]*", word) for word in (owner, rest))
+            and owner != "runs" and not Path(owner).exists()
+            and Path(rest).suffix not in (".safetensors", ".ckpt", ".bin", ".pt"))
+
+
+def find(model: str, cache: Path, flag: str = "--model") -> Path:
+    """The folder of `model`: the tiny pipeline's where it is empty, itself where it is a folder,
+    and what the hub has under that name, fetched on first use, where it is not. Refuses, naming the
+    `flag` that takes another, what lacks a file or has a broken one."""
+    folder = Path(model).expanduser() if model else tiny.folder(cache)
+    if folder.is_file():
+        raise disback.Refusal(
+            f"{model} is a single file: convert it by diffusers, StableDiffusionXLPipeline."
+            f"from_single_file(FILE).save_pretrained(FOLDER), and name that folder by {flag}")
+    takes = f"{flag} takes the folder of an SDXL pipeline in diffusers' layout"
+    wanted = ", ".join([*TEXTS, *(f"{part}/{stem}.safetensors" for part, stem in PARTS.items()),
+                        "tokenizer/* and tokenizer_2/*"])
+    if not folder.is_dir():
+        if not on_hub(model):
+            raise disback.Refusal(f"{model} is no folder here: {takes}: {wanted}")
+        with files.blame(f"model {model} is no folder here and was not to be had from the hub: "
+                         f"fetch it where there is a network; {takes}: {wanted}"):
+            for end in ("", ".fp16"):
+                folder = Path(snapshot_download(model, allow_patterns=patterns(end)))
+                if not missing(folder):
+                    break
+    if lacking := missing(folder):
+        raise disback.Refusal(f"{folder} lacks {', '.join(lacking)}: "
+                              + files.remedy(folder, takes))
+    for part in PARTS:
+        for file in weights(folder, part)[0]:
+            with files.blame(f"{file} is broken: {files.remedy(folder, 'fetch it again')}"):
+                safe_open(file, "pt")
+    vae_scale(folder)
+    return folder
+
+
+def vae_scale(folder: Path) -> int:
+    """Pixels, across, of an image for each of its latents."""
+    file = folder / "vae" / "config.json"
+    with files.blame(f"{file} is no VAE's: fetch it again"):
+        return 2 ** (len(files.load_json(file, "fetch it again")["block_out_channels"]) - 1)

@@ -1,0 +1,237 @@
+"""SDXL's files as diffusers and other tools write them: taken exactly, or refused by name."""
+
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+import disback
+from runtime import files
+from sdxl import generate, layout, model, problem, text
+
+KINDS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel,
+         "text_encoder_2": CLIPTextModelWithProjection}
+
+
+def refused(function, *args, **keywords) -> str:
+    with pytest.raises(disback.Refusal) as error:
+        function(*args, **keywords)
+    return " ".join(str(error.value).split())
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return layout.find("", tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def mine(base, tmp_path):
+    """A copy of the tiny pipeline to spoil."""
+    return shutil.copytree(base, tmp_path / "mine")
+
+
+def rewritten(folder, part, **how):
+    """The part's weights, written by diffusers' own save_pretrained in another way."""
+    net = KINDS[part].from_pretrained(folder / part)
+    for file in layout.weights(folder, part)[0]:
+        file.unlink()
+    net.save_pretrained(folder / part, **how)
+
+
+def states(folder):
+    return {part: model.load_part(kind, folder, part).state_dict() for part, kind in KINDS.items()}
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("size", ["1GB", "60KB"])
+def test_parts_in_shards_or_in_fp16_are_those_in_one_file(base, mine, variant, size):
+    for part in KINDS:
+        rewritten(mine, part, variant=variant, max_shard_size=size)
+    assert layout.find(str(mine), mine) == mine
+    assert (len(layout.weights(mine, "unet")[0]) > 2) == (size == "60KB")
+    expected, found = states(base), states(mine)
+    assert expected.keys() == found.keys()
+    for part, state in expected.items():
+        assert all(torch.equal(found[part][name], weight) for name, weight in state.items())
+    bank = text.embed(mine, ["a dog"], mine)
+    assert torch.equal(bank["text"], text.embed(base, ["a dog"], mine / "other")["text"])
+    made = problem.dry_run(problem.Config(model=str(mine)))
+    assert "261,684 parameters" in made
+
+
+def test_fp16_is_taken_only_where_there_is_no_fp32(base, mine):
+    whole = load_file(layout.weights(base, "unet")[0][0])
+    half = {name: (2 * weight).half() for name, weight in whole.items()}
+    save_file(half, mine / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    assert torch.equal(model.load_part(UNet2DConditionModel, mine, "unet").conv_in.weight,
+                       model.load_part(UNet2DConditionModel, base, "unet").conv_in.weight)
+    layout.weights(mine, "unet")[0][0].unlink()
+    found = model.load_part(UNet2DConditionModel, mine, "unet")
+    assert torch.equal(found.conv_in.weight, half["conv_in.weight"].float())
+
+
+def test_a_shard_that_is_missing_or_cut_is_found_before_anything_is_computed(mine):
+    rewritten(mine, "unet", max_shard_size="500KB")
+    shard = layout.weights(mine, "unet")[0][1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-9])
+    assert f"{shard} is broken" in refused(layout.find, str(mine), mine)
+    shard.unlink()
+    assert f"lacks {shard.relative_to(mine)}" in refused(layout.find, str(mine), mine)
+    index = mine / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    for broken in ("{", "{}", '{"weight_map": {"a": 7}}', "[]"):
+        index.write_text(broken)
+        assert "index.json" in refused(layout.find, str(mine), mine)
+
+
+def edit(file, change):
+    weights = load_file(file)
+    name = sorted(weights)[0]
+    change(weights, name)
+    save_file(weights, file)
+    return name
+
+
+CHANGES = {
+    "not finite": lambda weights, name: weights[name].view(-1)[0].fill_(torch.nan),
+    "type I8": lambda weights, name: weights.update({name: weights[name].to(torch.int8)}),
+    "type C64": lambda weights, name: weights.update({name: weights[name].to(torch.complex64)}),
+    "missing_keys": lambda weights, name: weights.pop(name),
+    "unexpected_keys": lambda weights, name: weights.update(more=torch.zeros(1)),
+    "shape": lambda weights, name: weights.update({name: torch.zeros(5, 5)}),
+    "_orig_mod": lambda weights, name: weights.update(
+        {"_orig_mod." + n: weights.pop(n) for n in list(weights)})}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("part", KINDS)
+def test_each_part_of_a_pipeline_is_loaded_strictly(mine, part, change):
+    (file,), _ = layout.weights(mine, part)
+    edit(file, CHANGES[change])
+    line = refused(model.load_part, KINDS[part], mine, part)
+    assert str(file) in line and "does not hold this" in line
+    assert change in line or change in ("shape", "_orig_mod")
+    if change == "_orig_mod" and part in ("unet", "vae"):
+        assert "'_orig_mod." in line
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+@pytest.mark.parametrize("change, cause", [
+    ("not finite", "not finite: conv_in.bias"), ("type I8", "conv_in.bias [16] torch.int8"),
+    ("type C64", "torch.complex64"), ("missing_keys", "lacks ['conv_in.bias [16]'] (1)"),
+    ("unexpected_keys", "has ['more [1]'] (1)"), ("shape", "has ['conv_in.bias [5, 5]']"),
+    ("_orig_mod", "has ['_orig_mod.add_embedding")])
+def test_a_students_file_is_loaded_strictly(base, tmp_path, ending, change, cause):
+    weights = load_file(layout.weights(base, "unet")[0][0])
+    CHANGES[change](weights, "conv_in.bias")
+    file = tmp_path / f"student.{ending}"
+    save_file(weights, file) if ending == "safetensors" else torch.save(weights, file)
+    line = refused(generate.load, str(file), str(base))
+    assert str(file) in line and cause in line
+
+
+def test_names_with_the_prefix_of_a_node_are_taken_if_all_have_it(base, tmp_path):
+    weights = load_file(layout.weights(base, "unet")[0][0])
+    config = files.load_json(base / "unet" / "config.json", "")
+    prefixed = {"unet." + name: weight for name, weight in weights.items()}
+    save_file(prefixed, tmp_path / "all.safetensors")
+    model.load_unet(config, tmp_path / "all.safetensors")
+    save_file(prefixed | {"conv_in.bias": torch.zeros(16)}, tmp_path / "two.safetensors")
+    assert "unet." in refused(model.load_unet, config, tmp_path / "two.safetensors")
+
+
+@pytest.mark.parametrize("what", ["file", "gone.safetensors", "owner/gone.safetensors", "here/gone",
+                                  "runs/gone", "./gone", "/no/where", "a/b/c", "gone", "~/no/where",
+                                  "-owner/name", ""])
+def test_the_hub_is_never_asked_for_what_is_meant_as_a_place_here(tmp_path, monkeypatch, what):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("weights")
+    (tmp_path / "here").mkdir()
+
+    def asked(*args, **keywords):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(layout, "snapshot_download", asked)
+    monkeypatch.setattr(generate, "hf_hub_download", asked)
+    line = refused(layout.find, what, tmp_path, "--base") if what else ""
+    assert not what or "--base" in line
+    assert what != "file" or "single file" in line and "from_single_file" in line
+    if what != "file":
+        line = refused(generate.load, what or "runs/sdxl")
+        assert (what or "runs/sdxl") in line and "--student" in line
+
+
+def test_the_hub_is_asked_for_a_name_of_the_hub_in_fp32_and_then_in_fp16(base, mine, monkeypatch):
+    """What it has is what huggingface's own filter lets through."""
+    for part in KINDS:
+        rewritten(mine, part, variant="fp16")
+    asked = []
+
+    def snapshot(name, allow_patterns):
+        asked.append(name)
+        everything = [str(f.relative_to(mine)) for f in mine.rglob("*") if f.is_file()]
+        got = mine.parent / "got"
+        for file in huggingface_hub.utils.filter_repo_objects(
+                everything, allow_patterns=allow_patterns):
+            (got / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(mine / file, got / file)
+        return got
+
+    monkeypatch.setattr(layout, "snapshot_download", snapshot)
+    folder = layout.find("owner/name-1.0", mine)
+    assert asked == ["owner/name-1.0"] * 2 and layout.weights(folder, "vae")[1] == "fp16"
+
+
+@pytest.mark.parametrize("field, value", [
+    ("timestep", 5000), ("timestep", -1), ("timestep", 399.0), ("timestep", "399"),
+    ("timestep", True), ("timestep", float("nan")), ("size", 0), ("size", 33), ("size", -8),
+    ("size", 1e9), ("size", 8 * 10**9), ("size", None), ("base", 7), ("base", ["a"])])
+def test_a_students_numbers_are_checked_when_they_are_read(tmp_path, field, value):
+    file = tmp_path / "student" / "disback.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"base": "", "timestep": 399, "size": 32, field: value}))
+    line = refused(generate.load, str(tmp_path))
+    assert str(file) in line and (field in line or "NaN" in line)
+
+
+def test_a_picture_that_is_not_finite_is_not_drawn(base, tmp_path):
+    """Finite weights, whose answers overflow."""
+    weights = load_file(layout.weights(base, "unet")[0][0])
+    weights["conv_out.weight"].fill_(3e38)
+    save_file(weights, tmp_path / "large.safetensors")
+    line = refused(generate.main, ["a dog", "--student", str(tmp_path / "large.safetensors"),
+                                   "--base", str(base), "--out", str(tmp_path / "images")])
+    assert "a picture is not finite" in line and not list((tmp_path / "images").iterdir())
+
+
+def test_embeddings_that_are_not_finite_are_not_kept(mine, tmp_path):
+    (file,), _ = layout.weights(mine, "text_encoder")
+    weights = load_file(file)
+    for name in weights:
+        if name.endswith("mlp.fc2.weight"):
+            weights[name].fill_(3e38)
+    save_file(weights, file)
+    assert "not finite" in refused(text.embed, mine, ["a dog"], tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("broken", [
+    {"text": torch.full((1, 77, 32), torch.nan), "pooled": torch.zeros(1, 16)},
+    {"text": torch.zeros(2, 77, 32), "pooled": torch.zeros(1, 16)}, {"text": torch.zeros(1)}])
+def test_kept_embeddings_that_cannot_be_are_to_be_removed(base, tmp_path, broken):
+    text.embed(base, ["a dog"], tmp_path)
+    (file,) = tmp_path.glob("sdxl-text-*")
+    files.save_tensors(file, broken)
+    assert f"{file} is broken: remove it" in refused(text.embed, base, ["a dog"], tmp_path)
+
+
+def test_a_pipeline_that_diffusers_saves_again_is_the_same_model(base, mine):
+    """Its files' hash says so, though it was read and written."""
+    StableDiffusionXLPipeline.from_pretrained(base).save_pretrained(mine / "again")
+    assert [files.sha256(file) for file in layout.read(base)][6:] == [
+        files.sha256(file) for file in layout.read(mine / "again")][6:]
