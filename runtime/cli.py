@@ -20,6 +20,8 @@ from runtime.interface import Config, Problem, flag_of
 def run(main: Callable[[list[str]], None]) -> None:
     """Run a command; a Refusal, a failing disk or too little memory ends it in a line, status 2."""
     try:
+        if any("\udc80" <= letter <= "\udcff" for letter in "".join(sys.argv)):  # bytes, to Python
+            raise Refusal(f"an argument is not UTF-8: {ascii(sys.argv[1:])}")
         main(sys.argv[1:])
     except Exception as error:
         full = files.out_of_memory(error)

@@ -7,6 +7,7 @@ import matplotlib
 from safetensors.torch import load_file
 from torch import Tensor
 
+from disback import Refusal
 from runtime import files
 
 matplotlib.use("Agg")
@@ -24,7 +25,7 @@ def draw_convergence(file: Path, out: Path, compare: Path | None, metric: str, l
     for run, color in ((out, STUDENT), (compare, OTHER)):
         if run is None:
             continue
-        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        lines = read_log(run)
         metrics = files.load_json(run / "metrics.json", "finish that run first")
         stage1 = metrics["network_evals"]["stage1"]
         at = [(stage1 + line["network_evals"]) / 1e6 for line in lines]
@@ -54,10 +55,25 @@ def draw_convergence(file: Path, out: Path, compare: Path | None, metric: str, l
     save(figure, file)
 
 
+def read_log(run: Path) -> list[dict]:
+    """The lines of a run's log."""
+    file = run / "log.jsonl"
+    with files.blame(f"{file} is broken: remove the lines that are no JSON"):
+        return [dict(json.loads(line)) for line in file.read_text().splitlines()]
+
+
 def read_snapshots(out: Path) -> list[tuple[int, dict[str, Tensor]]]:
     """(step, {x0 [n, 2], node}) of each snapshot, the first first."""
-    files = sorted((out / "snapshots").glob("*.safetensors"))
-    return [(int(file.stem), load_file(file)) for file in files]
+    found = []
+    for file in sorted((out / "snapshots").glob("*.safetensors")):
+        with files.blame(f"{file} is broken: remove it, and the figures do without it"):
+            held = load_file(file)
+            if not held["x0"].isfinite().all() or held["node"].numel() != 1:
+                raise ValueError("numbers that no snapshot has")
+            found.append((int(file.stem), held))
+    if not found:
+        raise Refusal(f"{out}/snapshots has none left: figures need a run whose folder is whole")
+    return found
 
 
 def switches(snapshots: list[tuple[int, dict[str, Tensor]]]) -> list:

@@ -109,8 +109,8 @@ class Run:
     def restore(self) -> None:
         """Go back to the last checkpoint, which any number of ranks can read; cut later lines and a
         torn one from the log, and remove what a kill left half written."""
-        with files.blame(f"{self.state} is missing or not a checkpoint of this run: start without "
-                         "--resume, or with --overwrite"):
+        with files.blame(f"{self.state} is missing or not a checkpoint of this run: start another "
+                         "in another --out"):
             state = torch.load(self.state, map_location="cpu", weights_only=True, mmap=True)
             must_agree(self.state, state["settings"], self.settings)
             for name, net in self.nets.items():

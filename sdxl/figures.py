@@ -1,6 +1,5 @@
 """The figures of a run: what every node draws, the student at every switch, and the mismatch."""
 
-import json
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor
 
 import disback
 from runtime import files
-from runtime.plots import plt, read_snapshots, save, switches
+from runtime.plots import plt, read_log, read_snapshots, save, switches
 
 
 def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None, vae: AutoencoderKL,
@@ -74,7 +73,7 @@ def draw_mismatch(file: Path, runs: list[Path]) -> None:
     """The mismatch degree of each run over its iterations, and where its target switched."""
     figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
     for run, color in zip(runs, ("#b5452c", "#3a6ea5")):
-        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        lines = read_log(run)
         axis.plot([line["step"] for line in lines], [line["mismatch"] for line in lines],
                   color=color, marker=".",
                   label=files.load_json(run / "metrics.json", "finish the run")["method"])
