@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import disback
+
 
 class Denoiser(nn.Module):
     """D(x, sigma, cond) -> x0 with EDM's preconditioning (Karras et al. 2022, Table 1).
@@ -252,5 +254,8 @@ def heun(net: Callable, z: Tensor, cond: Tensor | None = None, steps: int = 18,
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Images in [-1, 1] as bytes: 127.5 x + 128, clipped and cut off, as EDM does for its FID."""
+    """Images in [-1, 1] as bytes: 127.5 x + 128, clipped and cut off, as EDM does for its FID.
+    Refusal where they are not finite."""
+    if not x.isfinite().all():  # which would become black, or white
+        raise disback.Refusal("images are not finite: the weights that made them are too large")
     return (127.5 * x + 128).clip(0, 255).to(torch.uint8)

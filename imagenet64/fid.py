@@ -82,7 +82,8 @@ def restore(file: Path, dim: int, about: dict) -> tuple[Statistics, list[float]]
         statistics.mean += kept["mean"]  # these two raise where the shapes differ
         statistics.scatter += kept["scatter"]
         distances = kept["distances"].tolist()
-        if statistics.n < 0 or not all(t.isfinite().all() for t in kept.values()):
+        if not 0 <= statistics.n <= about.get("images", statistics.n) or len(distances) > about.get(
+                "blocks", len(distances)) or not all(t.isfinite().all() for t in kept.values()):
             raise ValueError("numbers that no measurement has")
     return statistics, distances
 

@@ -48,8 +48,11 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
     The product's root has as its trace the sum of the singular values of root(cov1) root(cov2).
     That needs no root of a matrix that is not symmetric, and holds for singular covariances."""
     mean1, cov1, mean2, cov2 = (t.double() for t in (mean1, cov1, mean2, cov2))
-    overlap = torch.linalg.svdvals(root(cov1) @ root(cov2)).sum()
-    return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * overlap).item()
+    apart = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace()
+    if not (apart.isfinite() and cov1.isfinite().all() and cov2.isfinite().all()):
+        raise disback.Refusal("the distance is not finite: the features, or those of the "
+                              "reference, are too large; use another reference")
+    return (apart - 2 * torch.linalg.svdvals(root(cov1) @ root(cov2)).sum()).item()
 
 
 def root(cov: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ instance of is matched, arguments and all, against the few forms that those file
 stays inert. No unpickler runs, not even on the storages, which are pickles of torch.save's.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import math
@@ -348,9 +349,12 @@ def collect(module: Any, prefix: str, once: Callable[[int], None], tensors: dict
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) != 2:
-        raise disback.Refusal("usage: python -m imagenet64.pickles IN.pkl OUT.safetensors")
-    print(f"{convert(*argv)}  {argv[0]}")
+    parser = argparse.ArgumentParser("python -m imagenet64.pickles", description=__doc__)
+    parser.error = cli.refuse
+    parser.add_argument("source", metavar="IN.pkl", help="a checkpoint as EDM releases them")
+    parser.add_argument("target", metavar="OUT.safetensors", help="its weights")
+    args = parser.parse_args(argv)
+    print(f"{convert(args.source, args.target)}  {args.source}")
 
 
 if __name__ == "__main__":

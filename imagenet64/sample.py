@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--images", type=int, default=40, help="how many (40)")
     parser.add_argument("--seed", type=int, default=0, help="of the first image (0)")
     parser.add_argument("--classes", type=int, nargs="+", metavar="C",
-                        help="in turn (random, each from its image's seed)")
+                        help="in turn, after RUN (random, each from its image's seed)")
     parser.add_argument("--to", type=command.path, help=".png or .npz file (RUN/samples.png)")
     args = parser.parse_args(argv)
     file = args.to or default_name(args).with_suffix(".png")
@@ -113,7 +113,9 @@ def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
     @torch.no_grad()
     def images(seeds: range) -> Iterable[tuple[Tensor, Tensor]]:
         for start in range(0, len(seeds), args.batch):
-            z, of = inputs(seeds[start:start + args.batch], classes, config)
+            now = seeds[start:start + args.batch]
+            z, of = inputs(now, classes and [classes[(seed - seeds[0]) % len(classes)]
+                                             for seed in now], config)
             z, cond = z.to(device), problem.labels(of, config).to(device)
             x0 = (problem.generate(net, z, cond, config.start_sigma) if one_step
                   else edm.heun(net, z, cond, steps))
@@ -137,13 +139,13 @@ def config_of(run: Path, preset: str | None, node: int | None) -> problem.Config
 
 def inputs(seeds: range, classes: list[int] | None, config: problem.Config) -> tuple[
         Tensor, Tensor]:
-    """z [n, c, h, w] and classes [n], an image's from its own seed alone."""
+    """z [n, c, h, w] and classes [n], given, or random; an image's from its own seed alone."""
     count, z, of = problem.NETWORKS[config.images]["label_dim"], [], []
-    for seed in seeds:
+    for i, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
         z.append(problem.latents(1, config, generator))
         random = torch.randint(count, (), generator=generator)
-        of.append(torch.tensor(classes[seed % len(classes)]) if classes else random)
+        of.append(torch.tensor(classes[i]) if classes else random)
     return torch.cat(z), torch.stack(of)
 
 

@@ -1,7 +1,6 @@
 """How a command of this project ends, and what its words may be."""
 
 import argparse
-import io
 import os
 import shutil
 import sys
@@ -17,9 +16,9 @@ from runtime import files, ranks
 def run(main: Callable[[list[str]], None], memory: str = "") -> None:
     """Run a command. A Refusal, a failing disk, a failing compiler or too little memory ends it in
     a line, status 2; an interrupt in a line, status 130. `memory` is what helps with the third."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no UTF-8
     try:
+        if any("\udc80" <= letter <= "\udcff" for letter in "".join(sys.argv)):  # bytes, to Python
+            raise Refusal(f"an argument is not UTF-8: {ascii(sys.argv[1:])}")
         main(sys.argv[1:])
     except KeyboardInterrupt as interrupt:
         end(130, "interrupted", str(interrupt))

@@ -42,7 +42,8 @@ def blame(what: str) -> Iterator[None]:
 def out_of_memory(error: Exception) -> bool:
     """Whether memory was short; torch has no class of its own for that on the CPU."""
     return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            or isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+            or isinstance(error, RuntimeError) and any(words in str(error) for words in (
+                "can't allocate memory", "Storage size calculation overflowed")))
 
 
 def atomically(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
@@ -102,7 +103,7 @@ def save_json(file: pathlib.Path, value: Any) -> None:
 
 def load_json(file: pathlib.Path, remedy: str) -> dict:
     with blame(f"{file} cannot be read: {remedy}"):
-        return dict(json.loads(file.read_text()))
+        return dict(json.loads(file.read_text(), parse_constant=int))  # int refuses NaN
 
 
 def sha256(file: pathlib.Path) -> str:

@@ -66,10 +66,15 @@ class Config:
                 field.name)
             if choices and value not in choices:
                 raise Refusal(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
-            zero, below = field.metadata["zero"], field.metadata["below"]
-            if field.type in (int, float) and not (0 < value < below or zero and value == 0):
-                least = "at least" if zero else "above"
-                raise Refusal(f"{flag} must be {least} 0 and below {below}, not {value}")
+            if field.type not in (int, float):
+                continue
+            zero = field.metadata["zero"]
+            low, most = (0, 2**40) if field.type is int else (1e-38, 3e38)  # what a float32 holds
+            high = min(most, field.metadata["below"])
+            if type(value) not in (int, field.type) or not (low < value < high
+                                                            or zero and value == 0):
+                raise Refusal(f"{flag} must be {'0 or ' * zero}above {low} and below {high}, not "
+                              f"{value!r}")
         if self.nodes > self.degrade_steps:
             raise Refusal(f"--nodes must be at most {self.degrade_steps}, the --steps of stage 1")
 

@@ -6,6 +6,7 @@ import matplotlib
 from safetensors.torch import load_file
 from torch import Tensor
 
+from disback import Refusal
 from runtime import files
 from runtime.folder import read_log
 
@@ -58,8 +59,13 @@ def read_snapshots(out: Path) -> list[tuple[int, dict[str, Tensor]]]:
     """(step, {x0 [n, 2], node}) of each snapshot, the first first."""
     found = []
     for file in sorted((out / "snapshots").glob("[0-9]*.safetensors")):
-        with files.blame(f"{file} is broken: remove it, and the figures do without"):
-            found.append((int(file.stem), load_file(file)))
+        with files.blame(f"{file} is broken: remove it, and the figures do without it"):
+            held = load_file(file)
+            if not held["x0"].isfinite().all() or held["node"].numel() != 1:
+                raise ValueError("numbers that no snapshot has")
+            found.append((int(file.stem), held))
+    if not found:
+        raise Refusal(f"{out}/snapshots has none left: figures need a run whose folder is whole")
     return found
 
 

@@ -120,6 +120,8 @@ def load_sigmas(folder: Path) -> Tensor:
     config = files.load_json(file, "it is no scheduler's config")
     other = f"{file} has another noise schedule than SDXL's kind: name an SDXL base by --model"
     lacking = {"beta_start", "beta_end", "beta_schedule"} - config.keys()
+    if (count := config.get("num_train_timesteps", 1000)) != 1000:
+        raise disback.Refusal(f"{other} (num_train_timesteps is {count!r})")
     if lacking or str(config.get("_class_name")).startswith("EDM"):
         raise disback.Refusal(f"{other} ({config.get('_class_name')}, without {sorted(lacking)})")
     with files.blame(other):
@@ -129,7 +131,8 @@ def load_sigmas(folder: Path) -> Tensor:
                               "is known here: take a model that predicts it")
     abar = scheduler.alphas_cumprod.double()
     sigmas = ((1 - abar) / abar).sqrt().float()
-    if len(sigmas) != 1000 or not sigmas[0] > 0 or not sigmas.isfinite().all():
+    if len(sigmas) != 1000 or not sigmas[0] > 0 or not sigmas.isfinite().all() or not (
+            sigmas.diff() > 0).all():
         raise disback.Refusal(f"{other} ({len(sigmas)} sigmas from {sigmas[0]} to {sigmas[-1]})")
     return sigmas
 

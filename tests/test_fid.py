@@ -206,6 +206,12 @@ def test_bytes_are_edms_truncated_and_clipped():
     assert features.to_uint8(x).tolist() == [0, 0, 0, 128, 129, 254, 255, 255]
 
 
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_images_that_are_not_finite_become_no_bytes(broken):
+    with pytest.raises(disback.Refusal, match="images are not finite"):
+        features.to_uint8(torch.tensor([0.0, broken]))
+
+
 @pytest.mark.parametrize("images", [torch.zeros(2, 1, 8, 9, dtype=torch.uint8),
                                     torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
                                     torch.zeros(2, 1, 8, 8)])
@@ -225,6 +231,19 @@ def test_the_classifier_sees_the_digits_where_it_was_trained_between_minus_1_and
     extractor, _ = features.of_digits("cpu")
     torch.testing.assert_close(extractor(features.to_uint8(images)),
                                digits.classifier().features(images), rtol=0, atol=0.2)
+
+
+class Broken(torch.nn.Module):
+    """Stands for an Inception whose weights are broken."""
+
+    def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        return torch.full((len(x), 3), torch.nan)
+
+
+def test_an_inception_whose_features_are_not_finite_is_refused_by_name(tmp_path, inception):
+    torch.jit.script(Broken()).save(tmp_path / "broken.pt")
+    with pytest.raises(disback.Refusal, match="broken.pt.*not finite"):
+        features.of_inception(tmp_path / "broken.pt", inception[1], "cpu")
 
 
 class Stand(torch.nn.Module):
@@ -391,13 +410,15 @@ def test_a_cut_off_measurement_is_not_gone_on_with_once_its_parts_have_changed(
 
 @pytest.mark.parametrize("broken", [
     {"n": torch.tensor(-1)}, {"mean": torch.zeros(3)}, {"scatter": torch.full((4, 4), torch.nan)},
-    {"about": torch.tensor([1.0])}, {"n": None}])
+    {"about": torch.tensor([1.0])}, {"n": None}, {"n": torch.tensor(31)},
+    {"distances": torch.zeros(3)}])
 def test_a_damaged_partial_file_is_refused_by_name(tmp_path, broken):
-    fid.save(tmp_path / "partial", fid.Statistics(4), [], {})
+    about = {"images": 30, "blocks": 2}
+    fid.save(tmp_path / "partial", fid.Statistics(4), [], about)
     kept = load_file(tmp_path / "partial") | broken
     save_file({k: v for k, v in kept.items() if v is not None}, tmp_path / "partial")
     with pytest.raises(disback.Refusal, match="partial cannot be read: remove it"):
-        fid.restore(tmp_path / "partial", 4, {})
+        fid.restore(tmp_path / "partial", 4, about)
 
 
 def test_a_run_is_measured_on_three_blocks_of_fifty_thousand_unless_told(monkeypatch, tmp_path):
@@ -414,6 +435,9 @@ def test_features_and_covariances_that_cannot_be_are_refused():
     with pytest.raises(disback.Refusal, match="not finite"):
         fid.Statistics(2).add(torch.tensor([[0.0, float("nan")]]))
     one, zero = torch.eye(2), torch.zeros(2)
+    for mean, cov in ((1e200 * torch.ones(2).double(), one), (zero, torch.inf * one)):
+        with pytest.raises(disback.Refusal, match="distance is not finite"):
+            fid.frechet_distance(zero, one, mean, cov)
     with pytest.raises(disback.Refusal, match="negative eigenvalues"):
         fid.frechet_distance(zero, one, zero, -one)
 

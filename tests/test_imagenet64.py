@@ -283,10 +283,25 @@ def test_what_is_made_of_a_teacher_lies_beside_the_runs_under_its_presets_name(
     assert (tmp_path / "runs" / "samples-teacher-tiny.png").is_file()
 
 
-def test_classes_go_with_seeds_not_with_places_in_a_batch(run, tmp_path, capsys):
+def test_classes_are_taken_in_turn_from_the_first_image_on_whatever_the_batch(
+        run, tmp_path, capsys):
     flags = ["--classes", 1, 2, 3, "--to", tmp_path / "x.npz"]
     assert sampled(capsys, run, "--images", 5, "--batch", 2, *flags)[1].tolist() == [1, 2, 3, 1, 2]
-    assert sampled(capsys, run, "--images", 2, "--seed", 4, *flags)[1].tolist() == [2, 3]
+    assert sampled(capsys, run, "--images", 2, "--seed", 4, *flags)[1].tolist() == [1, 2]
+
+
+def test_a_student_whose_images_are_not_finite_draws_none_and_measures_nan(run, tmp_path):
+    """Its weights are finite; so the log's line says at which step it was."""
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    student = edm.Denoiser(**problem.NETWORKS["digits"])
+    files.load_net(run / "student.safetensors", student)
+    with torch.no_grad():
+        student.model.out_conv.weight.fill_(3e38)
+    files.save_tensors(tmp_path / "student.safetensors", student.state_dict())
+    with pytest.raises(disback.Refusal, match="images are not finite"):
+        sample.main([str(tmp_path), "--to", str(tmp_path / "x.png")])
+    assert not (tmp_path / "x.png").exists()
+    assert all(map(math.isnan, problem.Evaluation(problem.TINY, "cpu")(student).values()))
 
 
 def test_the_grid_shows_every_image_in_its_place(run, tmp_path, capsys):

@@ -49,6 +49,12 @@ def refused(capsys, monkeypatch, main, argv):
     (["toy2d", "--seed", "-1"], "--seed"),
     (["toy2d", "--seed", "9" * 30], "--seed"),
     (["toy2d", "--sigma-min", "30"], "--sigma-min"),
+    (["toy2d", "--sigma-max", "1e300"], "--sigma-max"),  # no float32 holds it
+    (["toy2d", "--distance", "1e-300"], "--distance"),  # which would be 0 in float32
+    (["toy2d", "--lr-degrade", "inf"], "--lr-degrade"),
+    (["toy2d", "--save-every", "9" * 30], "--save-every"),
+    (["imagenet64", "--start-sigma", "3.5e38"], "--start-sigma"),
+    (["sdxl", "--guidance", "1e39"], "--guidance"),
     (["toy2d", "--steps", "20", "--nodes", "21"], "nodes"),
 ])
 def test_words_that_make_no_sense_are_refused_by_name(capsys, monkeypatch, tmp_path, words, cause):
@@ -146,7 +152,7 @@ def test_a_new_stage_1_takes_the_old_runs_results_and_settings_with_it(
 
 def test_too_large_a_batch_costs_a_line_and_no_old_run(recorded, capsys, monkeypatch, tmp_path):
     shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
-    argv = ["toy2d", "--out", tmp_path, *DEGRADE, "--batch", "1" + "0" * 15, "--overwrite"]
+    argv = ["toy2d", "--out", tmp_path, *DEGRADE, "--batch", "1" + "0" * 12, "--overwrite"]
     assert "allocate" in refused(capsys, monkeypatch, degrade.main, argv)
     assert len(disback.DegradationPath(tmp_path / "path")) == 5
 
@@ -177,8 +183,60 @@ def test_rates_of_decay_may_be_zero():
     from toy2d.problem import Config
 
     Config(ema=0.0, beta1=0.0, beta2=0.0, weight_decay=0.0)
-    with pytest.raises(disback.Refusal, match="--lr-fake must be above 0 and below inf, not 0.0"):
+    with pytest.raises(disback.Refusal, match="--lr-fake must be above .* below .*, not 0.0"):
         Config(lr_fake=0.0)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"batch": 3.5}, {"batch": True}, {"batch": "8"}, {"ema": "0.5"}, {"ema": False},
+    {"lr_fake": None}, {"lr_fake": math.nan}, {"nodes": [1]}])
+def test_numbers_of_a_file_are_numbers_of_their_kind(wrong):
+    """A run's config.json is read into a Config."""
+    from toy2d.problem import Config
+
+    (name, value), = wrong.items()
+    with pytest.raises(disback.Refusal, match=f"--{name.replace('_', '-')} must be .*{value!r}"
+                       .replace("[", r"\[")):
+        Config(**wrong)
+
+
+@pytest.mark.parametrize("text", ['{"x": NaN}', '{"x": -Infinity}', "[1]", '"x"', "\xff", "{"])
+def test_a_json_file_that_is_none_is_refused_with_the_remedy(tmp_path, text):
+    (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(disback.Refusal, match="x.json cannot be read: write it again"):
+        files.load_json(tmp_path / "x.json", "write it again")
+
+
+def test_an_argument_that_is_not_utf_8_is_refused(capsys, monkeypatch):
+    word = os.fsdecode(b"caf\xe9")
+    assert "not UTF-8" in refused(capsys, monkeypatch, degrade.main, ["toy2d", "--out", word])
+    assert "caf" in refused(capsys, monkeypatch, degrade.main, ["toy2d", "--preset", "caf\u00e9"])
+
+
+def test_the_remedy_against_a_broken_file_fits_who_made_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISBACK_CACHE", str(tmp_path / "cache"))
+    assert files.remedy(tmp_path / "cache" / "x", "name another") == (
+        f"remove {tmp_path / 'cache' / 'x'}, and it is made or fetched again")
+    assert files.remedy(tmp_path / "x", "name another") == "name another"
+
+
+@pytest.mark.parametrize("broken", [b"", b"cut", {"x0": torch.zeros(2, 2)}, {
+    "x0": torch.full((2, 2), torch.nan), "node": torch.tensor(0)}])
+def test_a_broken_snapshot_is_named_when_the_figures_are_drawn(tmp_path, broken):
+    from runtime import plots
+
+    good = {"x0": torch.zeros(2, 2), "node": torch.tensor(3)}
+    for step in (0, 5):
+        files.save_tensors(tmp_path / "snapshots" / f"{step:07d}.safetensors", good)
+    assert [(step, int(kept["node"])) for step, kept in plots.read_snapshots(tmp_path)] == [
+        (0, 3), (5, 3)]
+    file = tmp_path / "snapshots" / "0000005.safetensors"
+    file.write_bytes(broken) if isinstance(broken, bytes) else files.save_tensors(file, broken)
+    with pytest.raises(disback.Refusal, match=f"{file} is broken: remove it"):
+        plots.read_snapshots(tmp_path)
+    shutil.rmtree(tmp_path / "snapshots")
+    with pytest.raises(disback.Refusal, match="none left"):
+        plots.read_snapshots(tmp_path)
 
 
 def test_what_starts_above_zero_in_sdxl_may_be_zero_too():

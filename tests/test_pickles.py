@@ -86,6 +86,13 @@ def test_the_command_line_converts_and_names_the_hash(capsys, tmp_path):
     assert (tmp_path / "new" / "ema.safetensors").exists()
 
 
+def test_the_command_line_has_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        pickles.main(["--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and "IN.pkl OUT.safetensors" in said and "executing" in said
+
+
 @pytest.mark.parametrize("argv", [[], ["a.pkl"], ["no.pkl", "b.safetensors"],
                                   [".", "b.safetensors"], [str(FIXTURE), "b.pkl"]])
 def test_a_wrong_command_line_ends_with_one_line_and_status_2(argv, capsys, monkeypatch, tmp_path):

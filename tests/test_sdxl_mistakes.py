@@ -130,7 +130,10 @@ def test_broken_text_encoders_and_tokenizers_are_refused_with_the_remedy(mine, t
 
 
 @pytest.mark.parametrize("changes, cause", [
-    ({"rescale_betas_zero_snr": True}, "to inf"), ({"num_train_timesteps": 500}, "500 sigmas"),
+    ({"rescale_betas_zero_snr": True}, "to inf"), ({"num_train_timesteps": 500}, "is 500"),
+    ({"num_train_timesteps": 10**13}, "is 100"), ({"num_train_timesteps": "1"}, "is '1'"),
+    ({"trained_betas": [0.01, -0.005] * 500}, "sigmas from"),
+    ({"beta_end": 1e300}, "noise schedule"),
     ({"beta_start": 0.0}, "from 0.0"), ({"beta_schedule": "exotic"}, "exotic"),
     ({"_class_name": "EDMEulerScheduler"}, "EDM"), ({"beta_start": None}, "noise schedule")])
 def test_another_kind_of_noise_schedule_is_refused(mine, changes, cause):
