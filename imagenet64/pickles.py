@@ -350,7 +350,7 @@ def collect(module: Any, prefix: str, once: Callable[[int], None], tensors: dict
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m imagenet64.pickles", description=__doc__)
-    parser.error = cli.refuse
+    parser.error = command.refuse
     parser.add_argument("source", metavar="IN.pkl", help="a checkpoint as EDM releases them")
     parser.add_argument("target", metavar="OUT.safetensors", help="its weights")
     args = parser.parse_args(argv)
