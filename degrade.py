@@ -36,14 +36,12 @@ class Recorder:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._keep(0, 0.0, teacher.state_dict())
 
-    def offer(self, net: nn.Module, step: int) -> float | None:
-        """Call after every step, counted from 1: writes `net` where a candidate is due, and returns
-        how far from the teacher it is."""
-        if step not in self.candidates:
-            return None
-        distances = [disback.distance(d, d_teacher, sigma) for d, d_teacher, (_, sigma, _)
-                     in zip(self._answers(net), self.d_teacher, self.samples)]
-        return self._keep(step, torch.stack(distances).mean().item(), self.pack(net))
+    def offer(self, net: nn.Module, step: int) -> None:
+        """Call after every step, counted from 1: writes `net` where a candidate is due."""
+        if step in self.candidates:
+            distances = [disback.distance(d, d_teacher, sigma) for d, d_teacher, (_, sigma, _)
+                         in zip(self._answers(net), self.d_teacher, self.samples)]
+            self._keep(step, torch.stack(distances).mean().item(), self.pack(net))
 
     def close(self, **about: object) -> disback.DegradationPath:
         """Thin to N + 1 nodes, number them, write path.json with `about` as well, and open it."""
@@ -66,33 +64,24 @@ class Recorder:
     def _answers(self, net: nn.Module) -> list[Tensor]:
         return [net(*part) for part in self.samples]
 
-    def _keep(self, step: int, position: float, weights: dict) -> float:
+    def _keep(self, step: int, position: float, weights: dict) -> None:
         self.write(self._file(step), weights)
         self.kept.append((step, position))
-        return position
 
     def _file(self, step: int) -> Path:
         return self.folder / f"step-{step}.safetensors"
 
 
 def main(argv: list[str]) -> None:
-    from runtime import cli, files, place, ranks
-    from runtime.folder import open_path
-    from runtime.ranks import optimizer
+    from runtime import cli, files, place, ranks, results
     from runtime.run import Run
 
     args, problem = cli.start("degrade", __doc__, argv)
     config, batch, out = problem.config, problem.config.batch, args.out / "path"
-    if args.resume and (out / "path.json").exists():
-        path = open_path(out, problem)
-        if ranks.rank() == 0:
-            (out / "state.pt").unlink(missing_ok=True)
-            print(f"{len(path) - 1} nodes are recorded already in {out}")
-        return
     degraded = copy.deepcopy(problem.teacher)  # s'_theta, which forgets on the way to the student
     for net in (problem.teacher, problem.student, degraded):
         place.ready(net, args, problem.blocks)
-    adam = optimizer(degraded, config, config.lr_degrade, problem.clip)
+    adam = ranks.optimizer(degraded, config, config.lr_degrade, problem.clip)
 
     def draw(cut: Callable) -> list[tuple]:
         """A batch of the student's samples in the parts (x0, sigma, cond, eps) that `cut` makes."""
@@ -112,18 +101,14 @@ def main(argv: list[str]) -> None:
     for step in run.steps(config.degrade_steps):
         parts = draw(lambda *drawn: ranks.share(batch, args.accumulate, *drawn))
         loss = disback.update_score_model(degraded, adam, parts, problem.score_weight)  # Eq. 7
-        position = recorder.offer(degraded, step)
-        if position is not None:
-            run.log("degrading", position=position)
+        recorder.offer(degraded, step)
+        run.count(loss=loss)
         if run.logs_at(step):
-            run.log("degrading", loss=ranks.mean_over_ranks(loss).item())
+            run.log("degrading", position=recorder.kept[-1][1])
 
-    # In forwards of the network a step costs 4, the student's and the degrading teacher's, whose
-    # backward counts 2; a candidate costs 1.
-    evals = (1 + 4 * config.degrade_steps + len(recorder.candidates)) * batch
     if ranks.rank() == 0:
         recorder.close(**problem.about, spacing=config.spacing, seconds=run.seconds,
-                       network_evals=evals)
+                       network_evals=results.evals_of_path(config, len(recorder.candidates)))
         (out / "state.pt").unlink(missing_ok=True)
         print(f"path: {config.nodes} nodes in {out}")
     ranks.barrier()

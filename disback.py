@@ -16,13 +16,12 @@ D(x, sigma, cond) -> x0. Its score is (D(x, sigma, cond) - x) / sigma**2.
 """
 
 import json
-import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -89,37 +88,34 @@ def update_score_model(net: Callable, optimizer: torch.optim.Optimizer, parts: S
 
 
 def update_average(average: nn.Module, net: nn.Module, decay: float) -> None:
-    """Move the weights of `average` towards those of `net`: average = decay * average + (1 - decay)
-    * net, in place. With decay 0 it is a copy."""
+    """average = decay * average + (1 - decay) * net, weight by weight, in place."""
     get_ema_multi_avg_fn(decay)(list(average.parameters()), list(net.parameters()), None)
 
 
-def load_strictly(net: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy `weights` over all those of `net`, in place. Where a name or a shape differs nothing is
-    copied: ValueError."""
-    here, there = ({(name, weight.shape) for name, weight in state.items()}
-                   for state in (net.state_dict(), weights))
+def must_fit(net: nn.Module, weights: dict[str, Tensor]) -> None:
+    """ValueError where a name, shape or kind of number is not `net`'s, or not all are finite."""
+    here, there = ({f"{name} {list(w.shape)}" + (not w.is_floating_point()) * f" {w.dtype}"
+                    for name, w in state.items()} for state in (net.state_dict(), weights))
     if here != there:
-        differing = sorted({name for name, _ in here ^ there})
-        raise ValueError(f"names or shapes differ: {', '.join(differing)}")
+        lacks, has = (f"{sorted(odd)[:2]} ({len(odd)})" for odd in (here - there, there - here))
+        raise ValueError(f"it lacks {lacks} and has {has}")
+    if broken := [name for name, w in weights.items() if not w.float().isfinite().all()]:
+        raise ValueError(f"not finite: {', '.join(broken)}")
+
+
+def load_strictly(net: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copy `weights` over all those of `net`, in place; ValueError where they do not fit."""
+    must_fit(net, weights)
     net.load_state_dict(weights, strict=True)
-
-
-def load_node(file: pathlib.Path, net: nn.Module) -> None:
-    """Copy the weights in `file` over all those of `net`, in place, or Refusal."""
-    try:
-        load_strictly(net, load_file(file))
-    except Exception as error:  # a file that is broken can fail in any way
-        raise Refusal(f"{file} does not hold this network: record the path again "
-                      f"({type(error).__name__}: {error})") from error
 
 
 class DegradationPath:
     """A recorded path: node 0 is the teacher, the last node the most degraded. Raises Refusal where
     a file is missing or broken. load_node(file, net) reads a node that is not stored whole."""
 
-    def __init__(self, folder: str | pathlib.Path, load_node: Callable = load_node):
-        self.folder, self.load_node = pathlib.Path(folder), load_node
+    def __init__(self, folder: str | pathlib.Path, load_node: Callable | None = None):
+        self.folder = pathlib.Path(folder)
+        self.load_node = load_node or (lambda file, net: load_strictly(net, load_file(file)))
         file = self.folder / "path.json"
         try:
             self.about = dict(json.loads(file.read_text()))
@@ -128,8 +124,7 @@ class DegradationPath:
             assert 0 <= farthest < float("inf")
             self.files = [self.folder / f"{node:02d}.safetensors" for node in range(count)]
             for file in self.files:
-                with safe_open(file, "pt"):  # reads names and shapes alone
-                    pass
+                safe_open(file, "pt")  # reads names and shapes alone
         except PermissionError:
             raise
         except Exception as error:
@@ -142,11 +137,11 @@ class DegradationPath:
         """Number the files of the nodes, teacher first, write path.json, and open the path."""
         for i, node in enumerate(nodes):
             if node.exists():  # a run that was killed here has renamed it already
-                os.replace(node, folder / f"{i:02d}.safetensors")
+                node.replace(folder / f"{i:02d}.safetensors")
         beside = folder / "path.json.unfinished"
         beside.unlink(missing_ok=True)  # a killed run's, or a link to elsewhere
         beside.write_text(json.dumps(about, indent=1) + "\n")
-        os.replace(beside, folder / "path.json")
+        beside.replace(folder / "path.json")
         return cls(folder)
 
     def __len__(self) -> int:
@@ -154,7 +149,10 @@ class DegradationPath:
 
     def load(self, node: int, net: nn.Module) -> None:
         """Copy a node's weights over those of `net`, in place: exactly, or Refusal."""
-        self.load_node(self.files[node], net)
+        try:
+            self.load_node(self.files[node], net)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise Refusal(f"{self.files[node]} is broken, record the path again: {error}") from None
 
 
 class PathScheduler:

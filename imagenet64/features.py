@@ -51,18 +51,28 @@ def of_inception(inception: Path, reference: Path,
                  device: str) -> tuple[Extractor, tuple[Tensor, Tensor]]:
     """Preset full: Inception from a TorchScript file, mu and sigma of the data from an .npz.
     Refuses files that are not that."""
-    with files.blame(f"{inception} is not the TorchScript Inception of {download.INCEPTION}"):
+    with files.blame(f"{inception} is not the TorchScript Inception of {download.INCEPTION}: "
+                     + files.remedy(inception, "name that by --inception")):
         net = torch.jit.load(inception, map_location=device).eval()
-        net(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device), return_features=True)
-    mean, cov = (torch.from_numpy(a).double() for a in read_npz(reference, "mu", "sigma"))
-    if mean.dim() != 1 or cov.shape != 2 * mean.shape or not (
-            mean.isfinite().all() and cov.isfinite().all() and cov.allclose(cov.T)):
-        raise disback.Refusal(f"{reference} holds no mean and covariance: use the file of "
-                              f"{download.REFERENCE}")
+        zeros = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device)
+        if not net(zeros, return_features=True).isfinite().all():
+            raise ValueError("its features are not finite")
+    mean, cov = read_reference(reference)
     extractor = Extractor((3, 64, 64), lambda x: net(x.to(device), return_features=True),
                           {"features_sha256": files.sha256(inception),
                            "reference_sha256": files.sha256(reference)})
     return extractor, (mean, cov)
+
+
+def read_reference(file: Path) -> tuple[Tensor, Tensor]:
+    """Mean [dim] and covariance [dim, dim] in an .npz with mu and sigma, in float64, or Refusal."""
+    mean, cov = (torch.from_numpy(a.astype("f8")) for a in read_npz(file, "mu", "sigma"))
+    if mean.dim() != 1 or cov.shape != 2 * mean.shape or not (
+            mean.isfinite().all() and cov.isfinite().all() and cov.allclose(cov.T)):
+        raise disback.Refusal(
+            f"{file} holds no mean and covariance as the file of {download.REFERENCE} does: "
+            + files.remedy(file, "name that by --reference"))
+    return mean, cov
 
 
 def read_npz(file: Path, *names: str) -> list[np.ndarray]:

@@ -139,10 +139,14 @@ def main(argv: list[str]) -> None:
 
 def inception_files(args: argparse.Namespace) -> tuple[Path, Path]:
     """Inception and the reference: as named, or from the cache, or downloaded into it."""
-    inception, reference = map(files.cached, ("inception-2015-12-05.pt", "imagenet-64x64.npz"))
-    return (args.inception or download.fetch(download.INCEPTION, inception,
-                                             download.INCEPTION_SHA256),
-            args.reference or download.fetch(download.REFERENCE, reference))
+    inception, reference = args.inception, args.reference
+    if not inception:
+        inception = files.cached("inception-2015-12-05.pt")
+        download.fetch(download.INCEPTION, inception, download.check_inception)
+        with files.blame(f"{inception} is broken: remove it, and it is fetched again"):
+            download.check_inception(inception)
+    return inception, reference or download.fetch(
+        download.REFERENCE, files.cached("imagenet-64x64.npz"), features.read_reference)
 
 
 def of_npz(args: argparse.Namespace) -> tuple[Callable, int, int, dict]:

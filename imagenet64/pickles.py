@@ -42,22 +42,27 @@ def convert(source: str | Path, target: str | Path) -> str:
 
     Raises disback.Refusal where `source` is anything but an EDM checkpoint; nothing is written.
     """
-    source, target = Path(source), Path(target)
+    target = Path(target)
     if target.suffix != ".safetensors":
         raise disback.Refusal(f"{target} must be named .safetensors, as that is what it will hold")
+    tensors, digest = load(Path(source))
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    files.atomically(target, lambda f: save_file(tensors, f, {"source_sha256": digest}))
+    return digest
+
+
+def load(source: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors of the EMA network in the pickle `source`, and the file's SHA-256, or Refusal."""
     try:
         if not source.is_file() or source.stat().st_size > LARGEST:
             refuse(f"is not a file of at most {LARGEST} bytes")
         data = bytearray(source.stat().st_size)
         with open(source, "rb") as handle:
             handle.readinto(data)
-        tensors = {name: tensor.contiguous() for name, tensor in read(data).items()}
+        return read(data), hashlib.sha256(data).hexdigest()
     except (disback.Refusal, OSError) as error:
         raise disback.Refusal(f"{source} is not an EDM checkpoint that can be read: {error}; "
-                              "download it again") from error
-    digest = hashlib.sha256(data).hexdigest()
-    files.atomically(target, lambda f: save_file(tensors, f, {"source_sha256": digest}))
-    return digest
+                              f"{files.remedy(source, 'download it again')}") from error
 
 
 def read(data: bytearray) -> dict[str, Tensor]:

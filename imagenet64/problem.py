@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import inspect
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -182,25 +181,21 @@ class Evaluation:
 
 
 def load_teacher(config: Config) -> tuple[edm.Denoiser, str]:
-    """The teacher and the SHA-256 of its weights' file. Refusal where they are not to be had, or
-    are another network's."""
-    file = Path(config.teacher)
+    """The teacher and the SHA-256 of its file. Refusal where it is not to be had, or is another
+    network."""
+    file = Path(config.teacher).expanduser()
     if not config.teacher:
         file = digits_teacher(config) if config.images == "digits" else download.fetch(
-            download.TEACHER, files.cached(download.TEACHER.split("/")[-1]))
-    weights = file
-    if file.suffix == ".pkl":
-        weights = files.cached(f"{file.stem}-{files.sha256(file)[:16]}.safetensors")
-        if not weights.exists():
-            pickles.convert(file, weights)
+            download.TEACHER, files.cached(download.TEACHER.split("/")[-1]), pickles.load)
     net = edm.Denoiser(**NETWORKS[config.images])
-    try:
-        files.load_net(weights, net, "name another --teacher, or another --preset")
-    except disback.Refusal:
-        if weights != file:
-            weights.unlink(missing_ok=True)  # the conversion of a file that is of no use here
-        raise
-    return net, files.sha256(weights)
+    remedy = files.remedy(file, "name another --teacher, or another --preset")
+    if file.suffix != ".pkl":
+        files.load_net(file, net, remedy)
+        return net, files.sha256(file)
+    tensors, digest = pickles.load(file)
+    with files.blame(f"{file} does not hold this network: {remedy}"):
+        disback.load_strictly(net, tensors)
+    return net, digest
 
 
 def digits_teacher(config: Config) -> Path:
@@ -233,5 +228,5 @@ def train(net: edm.Denoiser, config: Config, batch: int = 128) -> None:
         optimizer.step()
         schedule.step()
         progress.set_postfix(loss=f"{loss.item():.3g}", refresh=False)
-    if not math.isfinite(loss.item()):
+    if not all(weight.isfinite().all() for weight in net.parameters()):
         raise disback.Refusal("the teacher's training diverged: try a lower --teacher-lr")

@@ -90,6 +90,12 @@ def load_net(file: pathlib.Path, net: nn.Module, remedy: str = "make it again") 
         load_strictly(net, load_file(file))
 
 
+def remedy(file: pathlib.Path, otherwise: str) -> str:
+    """What helps against a broken file: who made it decides. `otherwise` it is the user's."""
+    ours = file.absolute().is_relative_to(cached("").absolute())
+    return "remove it, and it is made or fetched again" if ours else otherwise
+
+
 def save_json(file: pathlib.Path, value: Any) -> None:
     atomically(file, lambda beside: beside.write_text(json.dumps(value, indent=1) + "\n"))
 

@@ -47,9 +47,10 @@ def enter(stage: str, args: Any) -> None:
         raise Refusal(f"permission denied: {there}; name another --out")
     known = {"problem": args.problem, "preset": args.preset, "seed": args.seed,
              **what_matters(args.config, stage)}
+    recorded = stage == "degrade" and (out / "path" / "path.json").exists()
     if not args.resume:
         refuse_taken(out, args)
-    elif stage == "degrade" and (out / "path" / "path.json").exists():
+    elif recorded:
         path = read_path(out / "path", known)
         must_agree(out / "path", {"nodes": len(path) - 1, "degrade_steps": path.about["steps"][-1]},
                    {name: known[name] for name in ("nodes", "degrade_steps")})
@@ -63,6 +64,11 @@ def enter(stage: str, args: Any) -> None:
             raise Refusal(f"--compare {args.compare} is this run itself: name another one")
     if ranks.rank() == 0:
         lock(out)
+    if args.resume and recorded:
+        if ranks.rank() == 0:
+            (out / "path" / "state.pt").unlink(missing_ok=True)
+            print(f"{len(path) - 1} nodes are recorded already in {out / 'path'}")
+        sys.exit()
 
 
 def lock(out: Path) -> None:
@@ -161,7 +167,7 @@ def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
         raise Refusal(f"{what} was made with {called} {then.get(name)}, not {value}: {why}")
 
 
-def read_path(folder: Path, known: dict, load_node: Any = files.load_net) -> DegradationPath:
+def read_path(folder: Path, known: dict, load_node: Any = None) -> DegradationPath:
     """A recorded path, which must have been recorded by the same flags as far as it names them."""
     path = DegradationPath(folder, load_node)
     must_agree(folder, path.about, known, some=True)
@@ -171,7 +177,7 @@ def read_path(folder: Path, known: dict, load_node: Any = files.load_net) -> Deg
 
 def open_path(folder: Path, problem: Problem) -> DegradationPath:
     """The same for a problem, all of whose flags the path must name."""
-    path = read_path(folder, {}, problem.load_node or files.load_net)
+    path = read_path(folder, {}, problem.load_node)
     must_agree(folder, path.about, problem.about)
     return path
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from runtime import files, ranks
-from runtime.interface import Problem
+from runtime.interface import Config, Problem
 
 
 def evals_an_iteration(problem: Problem) -> int:
@@ -20,6 +20,12 @@ def evals_an_iteration(problem: Problem) -> int:
     takes the student's samples, the others draw new ones."""
     k = problem.config.fake_updates
     return problem.config.batch * (4 + problem.guide_evals + 3 * k + (k - 1))
+
+
+def evals_of_path(config: Config, candidates: int) -> int:
+    """Of stage 1, in the same unit: a step costs 4, the student's forward and the degrading
+    teacher's with its backward; a candidate costs 1, and the first samples 1."""
+    return (1 + 4 * config.degrade_steps + candidates) * config.batch
 
 
 def peak_memory() -> int:

@@ -201,15 +201,17 @@ def difference(net: nn.Module, teacher: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def add_difference(file: Path, net: nn.Module) -> None:
     """Copy the teacher, node 0, over the weights of `net`, and add the difference in `file` where
-    that is a later node: in place, tensor by tensor as the mapped files are read."""
+    that is a later node: in place, tensor by tensor as the mapped files are read. ValueError where
+    it does not fit."""
     teacher = file.with_name("00.safetensors")
-    files.load_net(teacher, net)
+    files.load_net(teacher, net, "record the path again")
     if file == teacher:
         return
-    with files.blame(f"{file} does not hold this network: record the path again"):
-        added = load_file(file)
-        for name, weight in net.state_dict().items():
-            change = added.pop(MINUS_TEACHER + name).to(weight.device, weight.dtype)
-            weight += place.sharded_like(change, weight)
-        if added:
-            raise KeyError(*added)
+    added = load_file(file)
+    if not all(name.startswith(MINUS_TEACHER) for name in added):
+        raise ValueError("it holds no difference to the teacher")
+    added = {name.removeprefix(MINUS_TEACHER): change for name, change in added.items()}
+    disback.must_fit(net, added)
+    for name, weight in net.state_dict().items():
+        change = added.pop(name).to(weight.device, weight.dtype)
+        weight += place.sharded_like(change, weight)

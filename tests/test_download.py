@@ -1,38 +1,35 @@
-"""Fetching a file from a server on this machine that cuts, ignores ranges, or has another file."""
+"""Fetching a file from a server on this machine that cuts, or sends something else."""
 
 import hashlib
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
+import torch
+from conftest import ROOT, make
 
 import disback
-from imagenet64 import download
+from imagenet64 import download, features, fid, pickles, problem
 
 BODY = bytes(range(256)) * 12_000  # 3 MB, more than one chunk
-SHA256 = hashlib.sha256(BODY).hexdigest()
+PAGE = b"<html>please log in</html>"
+FIXTURE = ROOT / "tests" / "data" / "edm_pkl_fixture_adm.pkl"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves server.body; with `cut`, only so many bytes of it; without `ranges`, always all."""
+    """Serves server.body; with `cut`, only so many bytes of it; with `length`, says how many."""
 
     def do_GET(self):
-        server, asked = self.server, self.headers.get("Range")
-        server.asked.append(asked)
-        start = int(asked[len("bytes="):-1]) if asked and server.ranges else 0
-        size = len(server.body)
-        if self.path != "/file" or start >= size:
-            self.send_response(404 if self.path != "/file" else 416)
-            self.send_header("Content-Range", f"bytes */{size}")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(206 if asked and server.ranges else 200)
-        self.send_header("Content-Length", str(size - start))
-        if asked and server.ranges:
-            self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+        server = self.server
+        server.asked += 1
+        self.send_response(200 if self.path == "/file" else 404)
+        if server.length:
+            self.send_header("Content-Length", str(len(server.body)))
         self.end_headers()
-        self.wfile.write(server.body[start:server.cut])
+        self.wfile.write(server.body[:server.cut])
+        server.between()
 
     def log_message(self, *args):
         pass
@@ -42,7 +39,8 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.body, server.cut, server.ranges, server.asked = BODY, None, True, []
+    server.body, server.cut, server.length, server.asked = BODY, None, True, 0
+    server.between = lambda: None
     server.url = f"http://127.0.0.1:{server.server_port}/file"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -52,86 +50,99 @@ def server(monkeypatch):
     thread.join()
 
 
-def names(folder):
-    return sorted(file.name for file in folder.iterdir())
+def is_body(file):
+    if file.read_bytes() != BODY:
+        raise ValueError("other bytes")
 
 
-def test_a_file_arrives_whole_in_a_folder_that_was_not_there(server, tmp_path):
+def test_a_file_arrives_whole_in_a_folder_that_was_not_there_and_is_not_asked_for_again(
+        server, tmp_path):
     file = tmp_path / "new" / "file.bin"
-    assert download.fetch(server.url, file, SHA256) == file
-    assert file.read_bytes() == BODY and "file.bin.part" not in names(file.parent)
+    for _ in range(2):
+        assert download.fetch(server.url, file, is_body) == file
+        assert file.read_bytes() == BODY and [*file.parent.iterdir()] == [file]
+    assert server.asked == 1
 
 
-def test_a_file_that_is_there_is_not_asked_for_again(server, tmp_path):
-    file = tmp_path / "file.bin"
-    file.write_bytes(BODY)
-    download.fetch(server.url, file, SHA256)
-    assert server.asked == []
+@pytest.mark.parametrize("body, cut", [(PAGE, None), (BODY, 1_500_000), (b"", None)])
+@pytest.mark.parametrize("length", [True, False])
+def test_what_is_not_the_file_is_forgotten_and_the_next_try_gets_it(
+        server, tmp_path, body, cut, length):
+    file, server.body, server.cut, server.length = tmp_path / "file.bin", body, cut, length
+    with pytest.raises(disback.Refusal, match=f"{server.url}.*other bytes.*{file} by hand"):
+        download.fetch(server.url, file, is_body)
+    assert not list(tmp_path.iterdir())
+    server.body, server.cut = BODY, None
+    assert download.fetch(server.url, file, is_body).read_bytes() == BODY
 
 
-def test_a_broken_transfer_leaves_no_file_and_goes_on_where_it_broke(server, tmp_path):
-    file, server.cut = tmp_path / "file.bin", 1_500_000
-    with pytest.raises(disback.Refusal, match=f"1500000 of {len(BODY)} bytes"):
-        download.fetch(server.url, file)
-    assert names(tmp_path) == ["file.bin.part"]
-    server.cut = None
-    download.fetch(server.url, file, SHA256)
-    assert server.asked == [None, "bytes=1500000-"]
-    assert file.read_bytes() == BODY and "file.bin.part" not in names(tmp_path)
+@pytest.mark.parametrize("check", [pickles.load, features.read_reference, download.check_inception])
+@pytest.mark.parametrize("body", [PAGE, FIXTURE.read_bytes()[:-999], b"PK\3\4" + bytes(99), b""])
+def test_each_reader_knows_a_page_a_cut_file_and_nothing_at_all(server, tmp_path, check, body):
+    server.body = body
+    with pytest.raises(disback.Refusal, match="another file or not whole"):
+        download.fetch(server.url, tmp_path / "file", check)
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_server_that_knows_no_ranges_sends_all_of_it_again(server, tmp_path):
-    file, server.ranges = tmp_path / "file.bin", False
-    (tmp_path / "file.bin.part").write_bytes(BODY[:1000])
-    download.fetch(server.url, file)
-    assert file.read_bytes() == BODY
+def test_each_reader_takes_its_own_file(server, tmp_path, monkeypatch):
+    np.savez(tmp_path / "own.npz", mu=np.zeros(3), sigma=np.eye(3))
+    monkeypatch.setattr(download, "INCEPTION_SHA256", hashlib.sha256(BODY).hexdigest())
+    for body, check in ((FIXTURE.read_bytes(), pickles.load), (BODY, download.check_inception),
+                        ((tmp_path / "own.npz").read_bytes(), features.read_reference)):
+        server.body = body
+        file = tmp_path / check.__name__
+        assert download.fetch(server.url, file, check).read_bytes() == body
 
 
-def test_a_transfer_that_lacked_only_its_last_step_is_finished(server, tmp_path):
-    file = tmp_path / "file.bin"
-    (tmp_path / "file.bin.part").write_bytes(BODY)
-    download.fetch(server.url, file, SHA256)
-    assert file.read_bytes() == BODY
-
-
-def test_a_part_that_is_longer_than_the_file_is_refused(server, tmp_path):
-    (tmp_path / "file.bin.part").write_bytes(BODY + b"more")
-    with pytest.raises(disback.Refusal, match="part is not a part of it, remove it"):
-        download.fetch(server.url, tmp_path / "file.bin")
-    assert names(tmp_path) == ["file.bin.part"]
-
-
-def test_another_file_than_the_known_one_is_refused_and_gets_not_its_name(server, tmp_path):
-    server.body = BODY[:-1] + b"!"
-    with pytest.raises(disback.Refusal, match=f"part has SHA-256 .* not {SHA256}.* remove"):
-        download.fetch(server.url, tmp_path / "file.bin", SHA256)
-    assert "file.bin" not in names(tmp_path)
-
-
-def test_a_known_file_that_has_changed_on_the_disk_is_refused(server, tmp_path):
-    file = tmp_path / "file.bin"
-    file.write_bytes(BODY[:-1])
-    with pytest.raises(disback.Refusal, match=f"file.bin has SHA-256 .* not {SHA256}"):
-        download.fetch(server.url, file, SHA256)
-
-
-def test_without_a_known_hash_the_first_use_decides(server, tmp_path):
-    file = tmp_path / "file.bin"
-    download.fetch(server.url, file)
-    assert (tmp_path / "file.bin.sha256").read_text().strip() == SHA256
-    download.fetch(server.url, file)
-    file.write_bytes(BODY[:-1])
-    with pytest.raises(disback.Refusal, match=SHA256):
-        download.fetch(server.url, file)
+def test_two_that_fetch_at_one_time_both_get_the_whole_file(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", threading.get_ident)  # threads stand for processes
+    file, server.length = tmp_path / "file.bin", False
+    both = threading.Barrier(2, timeout=20)
+    server.between = both.wait  # each has its bytes before either has its end
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(
+        download.fetch(server.url, file, is_body).read_bytes())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [BODY, BODY] and [*tmp_path.iterdir()] == [file]
 
 
 @pytest.mark.parametrize("breaks", ["404", "no server", "no address"])
 def test_a_failing_network_is_one_line_with_the_url_and_the_place_for_the_file(
         server, tmp_path, breaks):
     url = {"404": server.url + "-not-there", "no server": "http://127.0.0.1:1/file",
-           "no address": "nowhere"}[breaks]
+           "no address": "http://nowhere.invalid/file"}[breaks]
     with pytest.raises(disback.Refusal) as refused:
-        download.fetch(url, tmp_path / "file.bin")
+        download.fetch(url, tmp_path / "file.bin", is_body)
     line = str(refused.value)
     assert url in line and str(tmp_path / "file.bin") in line and "by hand" in line
-    assert "\n" not in line and not (tmp_path / "file.bin").exists()
+    assert "\n" not in line and not list(tmp_path.iterdir())
+
+
+def test_a_broken_inception_in_the_cache_is_to_be_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISBACK_CACHE", str(tmp_path))
+    (tmp_path / "inception-2015-12-05.pt").write_bytes(BODY)
+    with pytest.raises(disback.Refusal, match="inception-2015-12-05.pt is broken: remove it"):
+        fid.inception_files(fid.parse(["x.npz"]))
+
+
+def test_without_a_network_the_full_preset_says_which_file_goes_where(monkeypatch):
+    def no_network(url, file):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(disback.Refusal, match="edm-imagenet-64x64-cond-adm.pkl by hand"):
+        make(problem, "full")
+
+
+def test_a_checkpoint_of_another_network_in_the_cache_is_to_be_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISBACK_CACHE", str(tmp_path))
+    file = tmp_path / "edm-imagenet-64x64-cond-adm.pkl"
+    file.write_bytes(FIXTURE.read_bytes())
+    monkeypatch.setitem(problem.NETWORKS, "imagenet", problem.NETWORKS["digits"])  # for speed
+    with pytest.raises(disback.Refusal, match=f"{file} does not hold this network: remove it"):
+        make(problem, "full")
+    assert [*tmp_path.iterdir()] == [file]

@@ -275,13 +275,20 @@ def test_a_nodes_difference_is_not_taken_for_weights(base, tmp_path):
     assert "does not hold this UNet" in line
 
 
-def test_a_node_with_a_tensor_too_many_is_refused(tmp_path):
+@pytest.mark.parametrize("more, cause", [
+    ({"minus_teacher.more": torch.zeros(1)}, "more"), ({"bias": torch.zeros(2)}, "no difference"),
+    ({"minus_teacher.bias": torch.zeros(1)}, "bias"),  # which could be added to any shape
+    ({"minus_teacher.bias": torch.tensor([0, torch.inf])}, "not finite: bias"),
+    ({"minus_teacher.bias": torch.zeros(2, dtype=torch.int8)}, "torch.int8")])
+def test_a_node_whose_difference_does_not_fit_is_refused(tmp_path, more, cause):
     net = torch.nn.Linear(2, 2)
     files.save_tensors(tmp_path / "00.safetensors", net.state_dict())
-    for file, more in (("01", {}), ("02", {"minus_teacher.more": torch.zeros(1)})):
-        files.save_tensors(tmp_path / f"{file}.safetensors", model.difference(net, net) | more)
+    good = model.difference(net, net)
+    files.save_tensors(tmp_path / "01.safetensors", good)
+    files.save_tensors(tmp_path / "02.safetensors", good | more)
     model.add_difference(tmp_path / "01.safetensors", net)
-    assert "more" in refused(model.add_difference, tmp_path / "02.safetensors", net)
+    with pytest.raises(ValueError, match=cause):
+        model.add_difference(tmp_path / "02.safetensors", net)
 
 
 def test_a_disk_that_is_full_at_the_end_is_told_and_keeps_what_was_there(
