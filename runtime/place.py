@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def ready(net: nn.Module, args: Any, blocks: tuple[type, ...], compiled: bool = True) -> None:
     """Shard (FSDP2) and compile `net` in place, as asked; its weights keep their names."""
     units = [m for m in net.modules() if isinstance(m, blocks)]
     if args.shard:
+        from torch.distributed.fsdp import fully_shard  # takes seconds, and --help has none
+
         net.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
         for block in units:
             fully_shard(block)
@@ -33,14 +33,20 @@ def in_shards(net: nn.Module, state: dict, prefix: str, *rest: Any) -> None:
         state[name] = sharded_like(tensor, own[name.removeprefix(prefix)])
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor
+
+
 def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
     """The whole `tensor`, in shards and on the device of `like` where that is in shards."""
-    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+    if not is_sharded(like) or is_sharded(tensor):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     tensor = tensor.to(like.device)
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of what is in shards, on the CPU; anything else as it is."""
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor().cpu() if is_sharded(tensor) else tensor

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from disback import Refusal
+from runtime.place import is_sharded
 
 
 def rank() -> int:
@@ -88,7 +88,7 @@ def mean_over_ranks(numbers: Tensor) -> Tensor:
 def average_gradients(optimizer: torch.optim.Optimizer) -> None:
     """The mean over the ranks, once an update. FSDP2 averages those of shards by itself."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"]
-             if p.grad is not None and not isinstance(p.grad, DTensor)]
+             if p.grad is not None and not is_sharded(p.grad)]
     if world_size() == 1 or not grads:
         return
     torch._foreach_div_(grads, world_size())

@@ -204,16 +204,22 @@ def test_a_checkpoint_of_a_cpu_leaves_a_gpus_random_numbers_alone(checkpointed, 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(
         recorded, tmp_path, no_figures, number):
-    argv = ["toy2d", *BACKTRACK, "--steps", "900", "--save-every", "900", "--interval", "20",
-            "--out", str(tmp_path)]
+    argv = ["toy2d", *BACKTRACK, "--out", str(tmp_path)]
     shutil.copytree(recorded / "path", tmp_path / "path")
-    stage = Started(f"import backtrack; backtrack.main({argv!r})")
-    stage.wait_for((tmp_path / "log.jsonl").exists)
-    os.kill(stage.pid, number)
-    said, code = stage.ended()
-    step = torch.load(tmp_path / "state.pt", weights_only=True)["step"]
-    assert 10 <= step < 900 and code == 1
-    assert f"stopped by {number.name} after step {step}: --resume" in said
+    said, code = Started(f"""
+import os
+import backtrack, disback
+update, calls = disback.update_score_model, []
+def signalled(*args):
+    calls.append(1)
+    if len(calls) == 13:
+        os.kill(os.getpid(), {int(number)})
+    return update(*args)
+disback.update_score_model = signalled
+backtrack.main({argv!r})
+""").ended()
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 13 and code == 1
+    assert f"stopped by {number.name} after step 13: --resume" in said
     assert "Traceback" not in said
     backtrack.main([*argv, "--resume"])
     resumed = load_file(tmp_path / "student.safetensors")
