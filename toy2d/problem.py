@@ -14,6 +14,7 @@ import disback
 from runtime import files, interface
 from runtime.interface import setting
 from toy2d import figures, metrics, mixture, model
+from toy2d.diagnosis import Diagnosis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,8 @@ def assemble(config: Config, seed: int, device: torch.device | str, data: mixtur
         if isinstance(layer, model.Perceptron):
             layer.bf16 = config.precision == "bf16"
 
+    diagnosis = Diagnosis(data, teacher, student)
+
     def sample_inputs(n: int) -> tuple[Tensor, None]:
         return torch.randn(n, data.dims, device=device), None
 
@@ -93,8 +96,11 @@ def assemble(config: Config, seed: int, device: torch.device | str, data: mixtur
         sample_sigma=sample_sigma, sample_sigma_vsd=sample_sigma,
         score_weight=lambda sigma: score_weight(sigma, config.sigma_data),
         evaluate=metrics.Evaluation(data), snapshot=lambda: sample_inputs(2000),
+        looks_at=lambda step: step <= figures.EARLY and step % 5 == 0,
+        diagnose=diagnosis, look=diagnosis.look,
         draw=lambda out, path, compare: figures.draw(
-            out, path, compare, teacher, lambda net, n: sample(net, n, config, data.dims), data))
+            out, path, compare, teacher, lambda net, n: sample(net, n, config, data.dims),
+            data, diagnosis))
 
 
 def lognormal_sigma(n: int, sigma_data: float, device: torch.device | str = "cpu") -> Tensor:
