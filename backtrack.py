@@ -121,8 +121,9 @@ def distil(args: Any, problem: Problem, path: disback.DegradationPath | None) ->
     def snapshot(step: int) -> None:
         with torch.no_grad():
             x0 = problem.generate(nets.average, *kept)
-        files.save_tensors(args.out / "snapshots" / f"{step:07d}.safetensors",
-                           {"x0": x0, "node": torch.tensor(scheduler.node)})
+        files.save_tensors(args.out / "snapshots" / f"{step:07d}.safetensors", {
+            "x0": x0, "node": torch.tensor(scheduler.node),
+            **problem.look(nets.student, nets.fake, nets.target)})
 
     if not args.resume:
         snapshot(0)
@@ -131,11 +132,12 @@ def distil(args: Any, problem: Problem, path: disback.DegradationPath | None) ->
         for i in range(config.fake_updates):  # Eq. 5
             loss = nets.update_fake(samples if i == 0 else nets.fresh_samples())
         run.count(loss_fake=loss, mismatch=mismatch)
-        if run.logs_at(step):
+        looks = problem.looks_at(step)
+        if looks or run.logs_at(step):
             run.log(scheduler.node, seconds=run.seconds,
                     network_evals=results.evals_an_iteration(problem) * step,
-                    **problem.evaluate(nets.average))
-        if scheduler.step(mismatch) or run.saves_at(step):
+                    **problem.evaluate(nets.average), **problem.diagnose(nets.student, nets.fake))
+        if scheduler.step(mismatch) or looks or run.saves_at(step):
             snapshot(step)
 
     if scheduler.node > 0 and ranks.rank() == 0:

@@ -96,6 +96,10 @@ class Problem:
     evaluate: Callable  # student -> {name: number}, leaving torch's random state alone
     draw: Callable  # (run folder, path or None, another run's folder or None): the figures
     snapshot: Callable  # () -> (z, cond) of the samples kept at every checkpoint and switch
+    # Where the problem wants to see more of stage 2 than its regular lines and snapshots:
+    looks_at: Callable = lambda step: False  # step -> whether to log and keep this one as well
+    diagnose: Callable = lambda student, fake: {}  # {name: number}, more of a log's line
+    look: Callable = lambda student, fake, target: {}  # {name: tensor}, more of a snapshot
     guide: Callable = lambda net, x, sigma, cond: net(x, sigma, cond)  # guidance of the target
     guide_evals: int = 1  # forwards of the network in a call of guide
     clip: float = math.inf  # the largest norm of a gradient

@@ -48,9 +48,10 @@ def test_both_stages_write_the_run_folder_with_figures_and_complete_metrics(
     vsd = json.loads((tmp_path / "vsd" / "metrics.json").read_text())
     assert vsd["method"] == "vsd" and vsd["network_evals"]["stage1"] == 0
     assert vsd["network_evals"]["stage2"] == evals["stage2"] == 8 * 64 * 20
-    assert len(list((tmp_path / "vsd" / "figures").iterdir())) == 4
+    for run in (tmp_path, tmp_path / "vsd"):
+        assert len(list((run / "figures").iterdir())) == 6
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [10, 20]
+    assert [line["step"] for line in lines] == [5, 10, 15, 20]  # every fifth at first
     assert {"node", "loss_fake", "mismatch", "network_evals", "swd"} <= lines[0].keys()
     settings = json.loads((tmp_path / "config.json").read_text())["backtrack"]
     assert settings["interval"] == 2 and settings["target"] == "path"
@@ -90,7 +91,7 @@ def test_a_run_that_is_cut_off_resumes_to_the_same_bits(recorded, tmp_path, no_f
     assert same(whole, load_file(tmp_path / "cut" / "student.safetensors"))
     lines = (tmp_path / "cut" / "log.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
-    assert steps == [10, 20]  # the lines after the checkpoint, of step 8, are not doubled
+    assert steps == [5, 10, 15, 20]  # the lines after the checkpoint, of step 8, are not doubled
 
 
 def test_a_resumed_scheduler_has_its_node_its_age_and_its_sum_of_mismatches(

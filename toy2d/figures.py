@@ -3,14 +3,17 @@
 import functools
 from pathlib import Path
 
+import numpy as np
 import torch
-from matplotlib.animation import FuncAnimation, PillowWriter
+from PIL import Image
 from torch import Tensor, nn
 
 import disback
-from runtime import files, ranks
+from runtime import files
+from runtime.folder import read_log
 from runtime.plots import (
     DATA,
+    OTHER,
     STUDENT,
     TARGET,
     draw_convergence,
@@ -19,14 +22,18 @@ from runtime.plots import (
     save,
     switches,
 )
+from toy2d import trajectory
+from toy2d.diagnosis import Diagnosis, answers
 from toy2d.metrics import Evaluation
 from toy2d.mixture import Mixture
+
+EARLY = 150  # iterations that are looked at step by step
 
 
 @torch.no_grad()
 def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None, net: nn.Module,
-         sample: callable, data: Mixture) -> None:
-    """Write mismatch.png, path.png, convergence.png and backtracking.gif to `out`/figures.
+         sample: callable, data: Mixture, diagnosis: Diagnosis) -> None:
+    """Write all figures to `out`/figures; `compare` is another run's folder, or None.
 
     `net` is a denoiser that the nodes are loaded into; sample(net, n) draws n points from it.
     """
@@ -39,15 +46,19 @@ def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None, 
         for node in range(len(path) if path else 1):
             if path:
                 path.load(node, net)
-            nodes.append(sample(functools.partial(answers, net), 1000))
-        points = data.sample(1000)
+            nodes.append(sample(functools.partial(answers, net), 1000)[:, :2])
+        points = data.sample(1000)[:, :2]
         evaluate = Evaluation(data)
         floors = [evaluate.of(data.sample(evaluate.samples))["swd"] for _ in range(20)]
         draw_mismatch(folder / "mismatch.png", path, net, snapshots[0][1]["x0"], data)
-    draw_path(folder / "path.png", nodes, snapshots, points)
+    limits = diagnosis.limits
+    draw_path(folder / "path.png", nodes, snapshots, points, limits)
     draw_convergence(folder / "convergence.png", out, compare, "swd",
                      "SWD of the student to the data", sum(floors) / 20, "two sets of data")
-    draw_gif(folder / "backtracking.gif", nodes, snapshots, points)
+    runs = [out, compare] if compare else [out]
+    draw_mechanism(folder / "mechanism.png", runs, data)
+    draw_gif(folder / "backtracking.gif", runs, nodes, points, limits)
+    trajectory.write(folder / "trajectory.html", out, snapshots, nodes, points, diagnosis)
 
 
 def draw_mismatch(file: Path, path: disback.DegradationPath | None, net: nn.Module, x0: Tensor,
@@ -55,50 +66,56 @@ def draw_mismatch(file: Path, path: disback.DegradationPath | None, net: nn.Modu
     """What a network answers at the student's first samples, what would be right, and the error.
 
     For the teacher the right answer is the data's score, for the degraded node the score of the
-    student's own samples; both are exact."""
+    student's own samples; both are exact. Arrows are those of the plane."""
     last = len(path) - 1 if path else 0
     rows = [(node, sigma) for node in sorted({0, last}) for sigma in (0.2, 5.0)]
-    figure, axes = plt.subplots(len(rows), 3, figsize=(9.6, 2.75 * len(rows)), layout="constrained",
+    figure, axes = plt.subplots(len(rows), 3, figsize=(9.6, 3.1 * len(rows)), layout="constrained",
                                 squeeze=False)
     for (node, sigma), row in zip(rows, axes):
-        x = x0[:60] + sigma * torch.randn(60, 2)
+        x = x0[:60] + sigma * torch.randn_like(x0[:60])
         exact = (Mixture.of_samples(x0) if node else data).score(x, sigma)
         answer = score_of_node(path, 0, net, x, sigma)
-        teachers = relative_error(answer, exact)
+        size = f"the error, {in_words(relative_error(answer, exact))}"
         if node:
+            teachers = in_words(relative_error(answer, exact))
             answer = score_of_node(path, node, net, x, sigma)
-        error = answer - exact
-        size = f"difference: {relative_error(answer, exact):.0%} of the exact"
-        size += f"\n(the teacher's would be {teachers:,.0%})" if node else ""
-        scale = torch.cat([answer, exact]).norm(dim=1).max().item() * 3
+            size = f"the error, {in_words(relative_error(answer, exact))}"
+            size += f"\n(the teacher's, {teachers})"
         asked = f"degraded node {node}" if node else "teacher"
         right = "the student's samples" if node else "the data"
+        longest = torch.cat([answer, exact])[:, :2].norm(dim=1).max().item()
+        span = (x[:, :2].amax(dim=0) - x[:, :2].amin(dim=0)).max().item()
         for axis, arrows, title, color in (
                 (row[0], answer, f"{asked}: its score", TARGET),
                 (row[1], exact, f"exact score of {right}", STUDENT),
-                (row[2], error, size, "#c02020")):
-            axis.plot(*x.T, ".", color=DATA, markersize=3)
-            axis.quiver(*x.T, *arrows.T, color=color, angles="xy", scale=scale, width=0.006)
+                (row[2], answer - exact, size, "#c02020")):
+            tips = x + arrows * (0.3 * span / longest)
+            axis.plot(*x[:, :2].T, ".", color=DATA, markersize=3)
+            axis.quiver(*x[:, :2].T, *(tips - x)[:, :2].T, color=color, angles="xy",
+                        scale_units="xy", scale=1, width=0.006)
+            axis.update_datalim(tips[:, :2].numpy())  # a quiver alone would clip its arrows
             axis.set_title(title, fontsize=9)
-            axis.margins(0.2)
+            axis.margins(0.05)
+            axis.autoscale_view()
             axis.set_aspect("equal", adjustable="datalim")
         row[0].set_ylabel(f"$\\sigma$ = {sigma:g}", fontsize=11)
-    figure.suptitle("The score at the student's first samples (grey: the samples, noised)")
+    figure.suptitle("The score at the student's first samples (grey: the samples, noised).\n"
+                    "On the right its error, and how long that is beside the exact score",
+                    fontsize=11)
     save(figure, file)
+
+
+def in_words(error: float) -> str:
+    """A relative error, for a title."""
+    return f"{error:.0%} as long" if error < 1 else f"{error:,.1f} times as long"
 
 
 def score_of_node(path: disback.DegradationPath | None, node: int, net: nn.Module, x: Tensor,
                   sigma: float) -> Tensor:
-    """The score at x [n, 2] of a node, which is loaded into net."""
+    """The score at x [n, d] of a node, which is loaded into net."""
     if path:
         path.load(node, net)
     return (answers(net, x, torch.full((len(x), 1), sigma)) - x) / sigma**2
-
-
-def answers(net: nn.Module, x: Tensor, sigma: Tensor) -> Tensor:
-    """D(x, sigma) by `net`, wherever that is, of points on the CPU, where all figures' are."""
-    device = next(net.parameters()).device
-    return net(x.to(device), sigma.to(device)).cpu()
 
 
 def relative_error(answer: Tensor, exact: Tensor) -> float:
@@ -106,27 +123,27 @@ def relative_error(answer: Tensor, exact: Tensor) -> float:
     return ((answer - exact).norm(dim=1).mean() / exact.norm(dim=1).mean()).item()
 
 
-def draw_path(file: Path, nodes: list[Tensor], snapshots: list, points: Tensor) -> None:
+def draw_path(file: Path, nodes: list[Tensor], snapshots: list, points: Tensor,
+              limits: tuple) -> None:
     """Samples of every node, teacher first; below them the student after every switch."""
     switched = [snapshots[0], *switches(snapshots), snapshots[-1]]
     last = len(nodes) - 1
     names = {last: f"node {last}: degraded", 0: "node 0: the teacher"}
     there = [(x, names.get(i, f"node {i}"), TARGET) for i, x in enumerate(nodes)]
-    back = [(kept["x0"], f"iteration {step}:\nto node {int(kept['node'])}", STUDENT)
+    back = [(kept["student"], f"iteration {step}:\nto node {int(kept['node'])}", STUDENT)
             for step, kept in switched]
     back[-1] = (*back[-1][:1], f"iteration {snapshots[-1][0]}:\nthe end", STUDENT)
     columns = min(6, max(len(there), len(back)))
     rows = [-(-len(part) // columns) for part in (there, back)]
     figure, axes = plt.subplots(sum(rows), columns, figsize=(2 * columns, 2.2 * sum(rows)),
                                 layout="constrained", sharex=True, sharey=True, squeeze=False)
-    limits = frame(torch.cat([points, snapshots[0][1]["x0"]]))
     for axis in axes.flat:
         axis.set_axis_off()
     for part, first_row in ((there, 0), (back, rows[0])):
         for axis, (x, title, color) in zip(axes[first_row:].flat, part):
             axis.set_axis_on()
             axis.plot(*points.T, ".", color=DATA, markersize=1)
-            axis.plot(*x[:1000].T, ".", color=color, markersize=1)
+            axis.plot(*x.T, ".", color=color, markersize=1)
             axis.set_title(title, fontsize=9)
             axis.set(xlim=limits, ylim=limits, xticks=[], yticks=[], aspect="equal")
     figure.suptitle("Orange: samples of each node, the path on which the teacher degrades.   "
@@ -134,32 +151,73 @@ def draw_path(file: Path, nodes: list[Tensor], snapshots: list, points: Tensor) 
     save(figure, file)
 
 
-def draw_gif(file: Path, nodes: list[Tensor], snapshots: list, points: Tensor) -> None:
-    """The student's samples on their way through the targets to the data."""
-    figure, axis = plt.subplots(figsize=(4.2, 4.4), layout="constrained")
-    limits = frame(torch.cat([points, snapshots[0][1]["x0"]]))
-    axis.set(xlim=limits, ylim=limits, xticks=[], yticks=[], aspect="equal")
+def draw_mechanism(file: Path, runs: list[Path], data: Mixture) -> None:
+    """The numbers of a Diagnosis over the iterations, of this run and another's."""
+    mean = data.weights @ data.means
+    spread = (data.weights @ (data.stds**2 + (data.means - mean) ** 2))[:2].mean().sqrt().item()
+    panels = {"data_distance": "the student's mean: distance from the data's",
+              "spread": "the spread of its samples, a standard deviation",
+              "fake_bias": "the fake's bias at the student's samples",
+              "teacher_error": "the teacher's error at the student's samples"}
+    figure, axes = plt.subplots(2, 2, figsize=(9.6, 6), sharex=True, layout="constrained")
+    for run, color in zip(runs, (STUDENT, OTHER)):
+        lines = read_log(run)
+        for axis, (name, title) in zip(axes.flat, panels.items()):
+            axis.plot([line["step"] for line in lines], [line[name] for line in lines], ".-",
+                      color=color, label=method_of(run))
+            axis.set_title(title, fontsize=10)
+            for step, _ in switches(read_snapshots(run)):
+                axis.axvline(step, color=color, linewidth=0.8, linestyle=":")
+    axes[0, 1].axhline(spread, color=DATA)
+    axes[0, 1].text(0.01, spread, "the data's", color="#808080", fontsize=8, va="bottom",
+                    transform=axes[0, 1].get_yaxis_transform())
+    for axis in axes.flat:
+        axis.set(xscale="log", xlim=(4, None), ylim=(0, None))
+        axis.grid(alpha=0.25)
+        axis.axvspan(4, EARLY, color=DATA, alpha=0.12, linewidth=0)
+        axis.xaxis.set_major_formatter("{x:g}")
+    for axis in axes[1]:
+        axis.set_xlabel("iteration")
+    axes[0, 0].legend()
+    figure.suptitle(f"Student, fake and teacher (dotted: the target has switched; grey: the first "
+                    f"{EARLY} iterations)")
+    save(figure, file)
+
+
+def method_of(run: Path) -> str:
+    """Its name, for a figure."""
+    method = files.load_json(run / "metrics.json", "finish that run first")["method"]
+    return {"disback": "DisBack", "vsd": "VSD"}[method]
+
+
+def draw_gif(file: Path, runs: list[Path], nodes: list[Tensor], points: Tensor,
+             limits: tuple) -> None:
+    """The student's samples on their way through the targets to the data, a panel for each run."""
+    figure, axes = plt.subplots(1, len(runs), figsize=(3.9 * len(runs), 4.2), dpi=80,
+                                layout="constrained", squeeze=False)
     style = dict(marker=".", linestyle="", markersize=2.5)
-    axis.plot(*points.T, color=DATA, label="data", **style)
-    (target,) = axis.plot([], [], color=TARGET, label="target", **style)
-    (student,) = axis.plot([], [], color=STUDENT, label="student", **style)
-    axis.legend(loc="lower right", markerscale=3)
-
-    def show(index: int) -> None:
-        step, kept = snapshots[min(index, len(snapshots) - 1)]
-        node = int(kept["node"])
-        target.set_data(*nodes[node].T if node else ([], []))
-        student.set_data(*kept["x0"][:1000].T)
-        axis.set_title(f"iteration {step}: to " + (f"node {node}" if node else "the teacher"))
-
-    animation = FuncAnimation(figure, show, frames=len(snapshots) + 10)  # rest on the last
-    if ranks.rank() == 0:
-        files.atomically(
-            file, lambda beside: animation.save(beside, writer=PillowWriter(fps=6), dpi=80))
+    panels, images = [], []
+    for run, axis in zip(runs, axes.flat):
+        axis.set(xlim=limits, ylim=limits, xticks=[], yticks=[], aspect="equal", title=" ")
+        axis.plot(*points.T, color=DATA, label="data", **style)
+        (target,) = axis.plot([], [], color=TARGET, label="target", **style)
+        (student,) = axis.plot([], [], color=STUDENT, label="student", **style)
+        panels.append((dict(read_snapshots(run)), axis, target, student, method_of(run)))
+    axes[0, 0].legend(loc="lower right", markerscale=3)
+    figure.canvas.draw()
+    figure.set_layout_engine("none")  # laid out once: again for every picture takes longest
+    for now in [step for step in panels[0][0] if step <= EARLY or step % 400 == 0]:
+        for snapshots, axis, target, student, method in panels:
+            kept = snapshots[max(step for step in snapshots if step <= now)]
+            node = int(kept["node"])
+            target.set_data(*nodes[node].T)
+            student.set_data(*kept["student"].T)
+            where = f"node {node}" if node else "the teacher"
+            axis.set_title(f"{method}, iteration {now}: to {where}", fontsize=10)
+        figure.canvas.draw()
+        images.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+                      .quantize(32))
     plt.close(figure)
-
-
-def frame(x: Tensor) -> tuple[float, float]:
-    """Limits of both axes that hold all points."""
-    low, high = x.min().item(), x.max().item()
-    return low - 0.05 * (high - low), high + 0.05 * (high - low)
+    times = [160] * (len(images) - 1) + [2000]  # ms; it rests on the last
+    files.atomically(file, lambda beside: images[0].save(
+        beside, "GIF", save_all=True, append_images=images[1:], duration=times, loop=0))

@@ -1,0 +1,171 @@
+"""What the toy logs and draws of a run: the student's spread, the fake's bias, the page."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import BACKTRACK, make
+from safetensors.torch import load_file
+
+import backtrack
+from toy2d import diagnosis, mixture, model, problem
+
+SMALL = dict(width=16, depth=1, teacher_steps=60, teacher_batch=64)
+
+
+class Exact(torch.nn.Module):
+    """The denoiser of a mixture, as a network: it has a parameter, which says where it is."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.data, self.where = data, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, sigma, cond=None):
+        return self.data.denoise(x, sigma)
+
+
+class Blob(torch.nn.Module):
+    """A student G(z) = mean + std z."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.mean, self.std = torch.nn.Parameter(torch.tensor(mean)), std
+
+    def forward(self, z):
+        return self.mean + self.std * z
+
+
+def gaussian(mean, std):
+    return mixture.round_modes(torch.ones(1), torch.tensor([mean]), torch.tensor([std]))
+
+
+def test_the_bias_of_an_exact_fake_is_0_and_of_a_shifted_one_the_closed_form():
+    """The fake of N(m', s^2) at samples of N(m, s^2): E[D - x0] = sigma^2 (m' - m) / (s^2 +
+    sigma^2), by D = (s^2 x + sigma^2 m') / (s^2 + sigma^2)."""
+    torch.manual_seed(0)
+    x0, eps = torch.tensor([3.0, 1.0]) + 0.5 * torch.randn(200_000, 2), torch.randn(200_000, 2)
+    exact, shifted = (Exact(gaussian(mean, 0.5)) for mean in ([3.0, 1.0], [6.0, 5.0]))
+    expected = sum(s**2 * 5 / (0.25 + s**2) / (s + 0.5) for s in diagnosis.LEVELS) / 3
+    with torch.no_grad():
+        assert diagnosis.bias(exact, x0, eps) < 0.003
+        assert diagnosis.bias(shifted, x0, eps) == pytest.approx(expected, rel=0.005)
+
+
+def test_the_levels_are_the_lognormals_median_and_a_deviation_to_either_side():
+    torch.manual_seed(0)
+    sigma = problem.lognormal_sigma(1_000_000, 1.42).flatten()
+    found = torch.quantile(sigma, torch.tensor([0.159, 0.5, 0.841]))
+    torch.testing.assert_close(found, torch.tensor(diagnosis.LEVELS), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("data", [mixture.ring(), mixture.uneven(), mixture.ring16()])
+def test_an_exact_teacher_has_no_error_and_the_students_place_and_spread_are_told(data):
+    mean = torch.arange(1.0, 1 + data.dims)
+    student = Blob(mean.tolist(), 0.5)
+    watch = diagnosis.Diagnosis(data, Exact(data), student, n=100_000 // data.dims)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    found = watch(student, Exact(data))
+    assert torch.equal(torch.get_rng_state(), state)  # a line of the log changes no training
+    assert found["teacher_error"] < 1e-6
+    assert found["spread"] == pytest.approx(0.5, rel=0.02)
+    away = (mean - sum(w * m for w, m in zip(data.weights, data.means))).norm().item()
+    assert found["data_distance"] == pytest.approx(away, rel=0.01)
+
+
+def test_the_teacher_that_is_diagnosed_is_not_the_target_that_walks():
+    made = make(problem, **SMALL)
+    before = made.diagnose(made.student, made.teacher)["teacher_error"]
+    with torch.no_grad():
+        for weight in made.teacher.parameters():
+            weight.zero_()
+    assert made.diagnose(made.student, made.teacher)["teacher_error"] == before
+
+
+def test_a_look_keeps_what_fake_and_target_answer_on_a_grid_around_the_students_mean():
+    """In 16 dimensions the grid lies in the plane that goes through the student's mean."""
+    data = mixture.ring16()
+    fake, target = Exact(data), Exact(mixture.Mixture(data.weights, data.means + 1, data.stds))
+    student = Blob([0.0] * 15 + [8.0], 0.5)
+    watch = diagnosis.Diagnosis(data, fake, student)
+    seen = watch.look(student, fake, target)
+    grid = watch.grid()
+    low, high = watch.limits
+    assert grid.shape == (169, 2) and low < grid.min() < grid.max() < high
+    x = student(watch.z).mean(dim=0).repeat(169, 1).detach()
+    x[:, :2] = grid
+    for name, net in (("fake", fake), ("target", target)):
+        for answer, level in zip(seen[name], diagnosis.LEVELS):
+            torch.testing.assert_close(answer, net.data.denoise(x, level)[:, :2])
+    torch.testing.assert_close(seen["student"], student(watch.z)[:, :2])
+
+
+@pytest.fixture(scope="module")
+def pair(recorded, tmp_path_factory):
+    """A run of VSD, and one of DisBack that is compared with it."""
+    out = tmp_path_factory.mktemp("pair")
+    shutil.copytree(recorded / "path", out / "main" / "path")
+    backtrack.main(["toy2d", "--out", str(out / "vsd"), "--target", "teacher", *BACKTRACK])
+    backtrack.main(["toy2d", "--out", str(out / "main"), *BACKTRACK, "--compare",
+                    str(out / "vsd")])
+    return out
+
+
+def log(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_first_iterations_are_logged_and_kept_every_fifth(pair):
+    lines = log(pair / "main")
+    assert [line["step"] for line in lines] == [5, 10, 15, 20]
+    assert lines[0].keys() >= {"data_distance", "spread", "fake_bias", "teacher_error", "swd"}
+    kept = {int(file.stem) for file in (pair / "main" / "snapshots").iterdir()}
+    assert kept >= {0, 5, 10, 15, 20}
+    assert problem.PRESETS["ring"].log_every == 100
+
+
+def test_the_numbers_and_samples_of_the_page_are_those_of_the_log_and_of_the_snapshots(pair):
+    run = pair / "main"
+    page = (run / "figures" / "trajectory.html").read_text()
+    shown = json.loads(re.search(r"^const run = (.*);$", page, re.M).group(1))
+    assert [frame["numbers"] for frame in shown["frames"]] == log(run)
+    for frame in shown["frames"]:
+        kept = load_file(run / "snapshots" / f"{frame['numbers']['step']:07d}.safetensors")
+        assert frame["node"] == kept["node"].item()
+        expected = (kept["student"][:500] * 100).round()
+        torch.testing.assert_close(torch.tensor(frame["student"]).float(), expected)
+        arrows = kept["target"] - torch.tensor(shown["grid"]) / 100
+        torch.testing.assert_close(torch.tensor(frame["target"]) / 100, arrows, atol=0.02, rtol=0)
+    assert len(shown["nodes"]) == 5 and len(page) < 3e6
+    assert not re.search(r"https?://|src=|@import", page)  # it opens without a network
+
+
+def test_a_run_beside_another_has_the_same_figures_and_a_wider_animation(pair):
+    from PIL import Image
+
+    names = {"mismatch.png", "path.png", "convergence.png", "mechanism.png", "backtracking.gif",
+             "trajectory.html"}
+    for run in ("main", "vsd"):
+        assert {file.name for file in (pair / run / "figures").iterdir()} == names
+    both, one = (Image.open(pair / run / "figures" / "backtracking.gif") for run in ("main", "vsd"))
+    assert both.width > 1.8 * one.width and both.height == one.height
+    assert both.n_frames >= 5
+
+
+@pytest.mark.parametrize("preset", ["ring16", "uneven"])
+def test_a_run_of_another_preset_ends_with_all_figures(tmp_path, preset):
+    from conftest import DEGRADE
+
+    import degrade
+
+    flags = ["toy2d", "--preset", preset, "--out", str(tmp_path)]
+    degrade.main([*flags, *DEGRADE])
+    backtrack.main([*flags, *BACKTRACK])
+    assert len(list((tmp_path / "figures").iterdir())) == 6
+    student = load_file(tmp_path / "student.safetensors")
+    assert student["centre"].numel() == (16 if preset == "ring16" else 2)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert ("off_plane" in metrics) == (preset == "ring16")
+    assert model.Untrained(8.0, 16, 1, student["centre"].numel()).load_state_dict(student)
