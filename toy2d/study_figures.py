@@ -71,20 +71,25 @@ def ratio(lines: Lines, cell: str, arm: str) -> tuple[float, float, float] | Non
     """An arm's cost over plain VSD's, both at their best rates: the median of paired seeds."""
     if not all(rates_of(lines, cell, name) for name in (arm, "vsd")):
         return None
-    ours, theirs = costs(lines, cell, arm), costs(lines, cell, "vsd")
+    return paired(costs(lines, cell, arm), costs(lines, cell, "vsd"))
+
+
+def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, float, float] | None:
+    """The median ratio of costs by seed, and its interval."""
     pairs = [paired_ratio(ours[seed], theirs[seed], 1.0) for seed in sorted(ours.keys() & theirs)]
     return median_interval(pairs) if pairs else None
 
 
 def summary(lines: Lines) -> list[dict]:
-    """Of every cell, arm and pair of rates: how many runs, how many arrive, the median end and cost
-    with intervals."""
+    """Of every cell, arm and pair of rates, with intervals: the share that arrives, the medians of
+    the ends, the costs, and the costs over plain VSD's at the same rates, paired."""
     rows = []
     for cell, arm, rates in dict.fromkeys((key[0], key[1], key[3]) for key in sorted(lines)):
-        runs = of(lines, cell, arm, rates)
+        runs, vsd = of(lines, cell, arm, rates), of(lines, cell, "vsd", rates)
+        found, theirs = ({seed: cost(run) for seed, run in one.items()} for one in (runs, vsd))
         rows.append({"cell": cell, "arm": arm, "rates": rates, "runs": len(runs),
                      "arrived": arrived(runs), "swd": median_interval([*map(end, runs.values())]),
-                     "cost": median_interval([*map(cost, runs.values())])})
+                     "cost": median_interval([*found.values()]), "ratio": paired(found, theirs)})
     return rows
 
 
@@ -142,7 +147,8 @@ def draw_window(lines: Lines, cells: list[str]) -> plt.Figure:
         axis.minorticks_off()
         axis.grid(alpha=0.25)
     axes[0].set_ylabel(f"share of runs that end at SWD ≤ {ARRIVED}")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center",
+                  ncols=min(5, 1 + 2 * len(cells)))
     return figure
 
 
