@@ -72,8 +72,8 @@ SEEDS, FRESH = tuple(range(10)), tuple(range(200, 210))
 CHEAP = tuple(cell for cell in CELLS if cell not in LONG)
 PLAN = [
     (("4D d8",), MAIN[:4], ALIKE[:4], SEEDS), (("default",), MAIN[:2], ALIKE[1:2], SEEDS),
-    (("4D d8",), MAIN, ALIKE, SEEDS), (("2D d8",), MAIN[:4], ALIKE[:3:2], SEEDS),
-    (("4D d8",), CONFIRMED, ALIKE[1:3], FRESH), (("default",), MAIN[2:4], ALIKE[1:2], SEEDS),
+    (("4D d8",), MAIN, ALIKE, SEEDS), (("4D d8",), CONFIRMED, ALIKE[1:3], FRESH),
+    (("2D d8",), MAIN[:4], ALIKE[:3:2], SEEDS), (("default",), MAIN[2:4], ALIKE[1:2], SEEDS),
     (("4D d8",), ABLATION, ALIKE[1:3], SEEDS),
     (("2D d8 eps", "poor teacher"), MAIN[:4], ALIKE[:3], SEEDS),
     (CHEAP, MAIN[:4], ALIKE, SEEDS), (("2D d8 eps",), ABLATION, ALIKE[1:3], SEEDS),

@@ -140,7 +140,8 @@ def draw_window(lines: Lines, cells: list[str]) -> plt.Figure:
                 at = [rates[0] * 1.05**(i - 1) for rates in alike]  # beside each other
                 shares = [arrived(of(lines, cell, arm, rates)) for rates in alike]
                 with_interval(axis, at, shares, arm)
-        axis.set(title=cell, xscale="log", ylim=(-0.03, 1.03),
+        seeds = len({key[2] for key in lines if key[0] == cell})
+        axis.set(title=f"{cell}: {seeds} seeds", xscale="log", ylim=(-0.03, 1.03),
                  xlabel="learning rate of student and fake")
         ticks = sorted({key[3][0] for key in lines if key[0] == cell})
         axis.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
