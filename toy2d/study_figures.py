@@ -148,7 +148,8 @@ def draw_window(lines: Lines, cells: list[str]) -> plt.Figure:
         axis.minorticks_off()
         axis.grid(alpha=0.25)
     axes[0].set_ylabel(f"share of runs that end at SWD ≤ {ARRIVED}")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center",
+    drawn = {label: bars for axis in axes for bars, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(drawn.values(), drawn, loc="outside upper center",
                   ncols=min(5, 1 + 2 * len(cells)))
     return figure
 
