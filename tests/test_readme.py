@@ -110,7 +110,7 @@ def room(file):
         return 1
     if len(parts) == 1:
         return 3
-    return 4 if file.stem in ("bench", "study") else 2
+    return 4 if file.stem.split("_")[0] in ("bench", "study") else 2
 
 
 def imports(file):

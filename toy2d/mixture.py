@@ -84,12 +84,21 @@ def ring() -> Mixture:
     return round_modes(torch.full((8,), 1 / 8), means, torch.full((8,), 0.15))
 
 
+def ring4() -> Mixture:
+    """The ring in the first two of four dimensions."""
+    return thin(ring(), 4)
+
+
 def ring16() -> Mixture:
-    """The ring in the first two of 16 dimensions; across the others the data are thin."""
-    flat = ring()
-    thin = torch.zeros(8, 14)
-    return Mixture(flat.weights, torch.cat([flat.means, thin], dim=1),
-                   torch.cat([flat.stds, thin + 0.02], dim=1))
+    """The ring in the first two of 16 dimensions."""
+    return thin(ring(), 16)
+
+
+def thin(plane: Mixture, dims: int) -> Mixture:
+    """A mixture of the plane in the first two of more dimensions, thin across the others."""
+    more = torch.zeros(len(plane.weights), dims - 2)
+    return Mixture(plane.weights, torch.cat([plane.means, more], dim=1),
+                   torch.cat([plane.stds, more + 0.02], dim=1))
 
 
 def grid() -> Mixture:

@@ -21,7 +21,7 @@ from toy2d.diagnosis import Diagnosis
 class Config(interface.Config):
     """The toy's own settings. Values without a source were tuned on the ring, see README.md."""
 
-    data: Literal["ring", "grid", "uneven", "ring16"] = setting(
+    data: Literal["ring", "grid", "uneven", "ring4", "ring16"] = setting(
         "ring", "the mixture, see mixture.py")
     start: Literal["off", "teacher"] = setting(
         "off", "untrained and off the data, or the teacher's copy")

@@ -1,236 +1,180 @@
-"""When does backtracking pay? A declared grid of runs: python -m toy2d.study [--quick]
+"""When does backtracking pay, and why? python -m toy2d.study
 
-Every run goes through degrade.main and backtrack.main and leaves one JSON line in lines.jsonl, from
-which alone the figures are drawn; a study that was stopped goes on where it was. An arm of a cell
-gets the learning rates whose median final SWD is least on the tuning seeds, of the same settings
-for every arm, and is judged on other seeds. All arms of a cell have the same budget of network
-evaluations: what stage 1 takes, stage 2 lacks.
+A job is a seed of an arm in a cell at several learning rates, which study_runs.py advances
+together. It leaves one JSON line in lines.jsonl, from which alone the figures are drawn; a study
+that was stopped goes on. README.md beside this file reads the figures.
 """
 
 import argparse
-import copy
-import dataclasses
+import json
 import math
 import multiprocessing
 import os
-import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
-import backtrack
-import degrade
 import disback
-from runtime import command, files, results
-from runtime.run import check_finite
-from runtime.study import appending, follow_parent, quiet, words
-from toy2d import mixture, problem, study_figures
-from toy2d.study_grid import (
-    ARMS,
-    CELLS,
-    EARLY,
-    FOLDER,
-    FULL,
-    HALVES,
-    MAP_ARMS,
-    OF_BOTH,
-    QUICK,
-    STAGE1,
-    VSD,
-    Grid,
-    batch_of,
-    check,
-    key,
-    read,
-    runs,
-    select,
-    settings,
-)
+from runtime import command, files
+from runtime.study import appending, follow_parent
+from toy2d import study_figures, study_runs
 
-# ------------------------------------------------------------------------------------ one run
+FOLDER = Path(__file__).parent / "study"
+# Flags of both stages, and of stage 2 alone. "budget" is in iterations of plain VSD, stage 1
+# included. "default" and 16 dimensions, which need it, have the preset's own. The others have half
+# its batch, a quarter of its iterations and a shorter average: a run takes seconds.
 
 
-def execute(grid: Grid, run: tuple) -> dict:
-    """Both stages of a run in a folder that does not stay; its line."""
-    cell, arm, seed, rates = run
-    began, batch, judged = time.perf_counter(), batch_of(grid, cell), seed in grid.seeds
-    flags = {"seed": seed, **CELLS[cell], **dict(grid.flags)}
-    own = {name: value for name, value in ARMS[arm].items() if name not in ("control", *OF_BOTH)}
-    flags |= {name: ARMS[arm][name] for name in OF_BOTH if name in ARMS[arm]}
-    flags["preset"] = flags.pop("data")
-    line = {"cell": cell, "arm": arm, "seed": seed, "rates": rates,
-            "settings": settings(grid, cell, arm),
-            "versions": f"{sys.version.split()[0]} {torch.__version__}"}  # Python, torch
-    measure = judged and cell in HALVES and arm in MAP_ARMS
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        stage1 = record(Path(folder), flags, arm) if ARMS[arm] != VSD else 0
-        steps = grid.budget[cell] - math.ceil(stage1 / (8 * batch))
-        every = max(steps // 12, 1) if judged else steps  # of a tuning run, only the end
-        own |= {"steps": steps, "log_every": every, "lr_student": rates[0], "lr_fake": rates[1]}
-        rows, found, ending = distil(Path(folder), flags | own, measure)
-    if not judged and "final" in ending:
-        ending["final"] = {name: ending["final"][name] for name in ("swd", "mode_tv", "off_mode")}
-    if measure:
-        line["halves"] = [[kevals(stage1, 8 * batch * step), *(round(error, 3) for error in two)]
-                          for step, *two in found]
-    return line | ending | {"stage1": stage1, "steps": steps,
-                            "curve": curve(rows, stage1) if judged else {},
-                            "seconds": round(time.perf_counter() - began, 1)}
+def short(weighting: str = "half", **flags: object) -> dict:
+    return {"both": {"batch": 128} | flags, "stage2": {"weighting": weighting, "ema": 0.95},
+            "budget": 1000}
 
 
-def record(out: Path, flags: dict, arm: str) -> int:
-    """Stage 1, and the control that the arm makes of its path; the evaluations that it took."""
-    degrade.main(["toy2d", "--out", str(out), *words(flags | STAGE1)])
-    if "control" in ARMS[arm]:
-        rewrite(out / "path", ARMS[arm]["control"])
-    return disback.DegradationPath(out / "path").about["network_evals"]
+def long(**flags: object) -> dict:
+    return {"both": flags, "budget": 4000}
 
 
-def distil(out: Path, flags: dict, measure: bool) -> tuple[list[dict], list[tuple], dict]:
-    """Stage 2, without its files: the rows of a log; if `measure`, both halves of the mismatch as
-    (step, teacher's, fake's), often while a target walks, then every 50 iterations; and how it
-    ended, a divergence being an end as well."""
-    args, made, path = backtrack.prepare(["toy2d", "--out", str(out), *words(flags)])
-    config, nets, teacher = made.config, backtrack.Networks(args, made, path), None
-    made.snapshot()  # draws random numbers, as the stage does
-    rows, found, degrees = [], [], []
-    if measure:
-        teacher = copy.deepcopy(made.teacher)
-        if path:
-            path.load(0, teacher)
-    for step in range(1, config.backtrack_steps + 1):
-        samples, mismatch = nets.update_student()
-        for i in range(config.fake_updates):
-            nets.update_fake(samples if i == 0 else nets.fresh_samples())
-        degrees.append(mismatch)
-        if step % config.log_every == 0 or step == config.backtrack_steps:
-            mean, degrees = torch.stack(degrees).mean().item(), []
-            rows.append({"network_evals": results.evals_an_iteration(made) * step,
-                         "mismatch": mean, **made.evaluate(nets.average)})
-            try:
-                check_finite(rows[-1], step, nets.scheduler.node)
-            except disback.Refusal as refusal:
-                return rows[:-1], found, {"failed": str(refusal)}
-        if measure and (step in EARLY or step % 50 == 0):
-            found.append((step, *halves(teacher, nets.fake, nets.student,
-                                        getattr(mixture, config.data)(), config.sigma_max)))
-        nets.scheduler.step(mismatch)
-    names = ("swd", "energy_distance", "mode_tv", "off_mode", "modes_missed")
-    final = {name: round(rows[-1][name], 4) for name in names}
-    return rows, found, {"final": final | {"node": nets.scheduler.node}}
+LONG = {"default": long(data="ring"),
+        **{f"16D d{distance}": long(data="ring16", distance=distance or 1e-3)
+           for distance in (0, 4, 8, 16)}}
+CELLS = LONG | {
+    **{f"2D d{distance}": short(distance=distance) for distance in (4, 8, 12, 16)},
+    **{f"4D d{distance}": short(data="ring4", distance=distance) for distance in (4, 8, 16)},
+    "2D d8 eps": short("eps"), "poor teacher": short(teacher_steps=300),
+    "Karras noise": short(noise="karras")}
+STAGE1 = {"steps": 100}
+PATH = {"stage1": STAGE1}
+ARMS = {
+    "vsd": {"stage2": {"target": "teacher"}},
+    "disback": PATH,
+    "degraded fake": PATH | {"stage2": {"target": "teacher", "fake_init": "degraded"}},
+    "vsd k2": {"stage2": {"target": "teacher", "fake_updates": 2}},
+    "disback k2": PATH | {"stage2": {"fake_updates": 2}},
+    "teacher's fake": PATH | {"stage2": {"fake_init": "teacher"}},
+    "forward": PATH | {"control": "forward"},
+    "interpolated": PATH | {"control": "interpolated"},
+    **{f"{n} nodes": {"stage1": STAGE1 | {"nodes": n}} for n in (1, 3, 30)},
+    **{f"interval {i}": PATH | {"stage2": {"interval": i}} for i in (3, 30)},
+    **{spacing: {"stage1": STAGE1 | {"spacing": spacing}} for spacing in ("linear", "log")},
+    "adaptive": PATH | {"stage2": {"switch": "adaptive"}}}
+MAIN, ABLATION = list(ARMS)[:5], list(ARMS)[5:]
+CONFIRMED = ("vsd", "disback", "vsd k2")  # on seeds that no sentence was written from
+ABLATED, WATCHED = ("4D d8", "2D d8 eps"), ("default", "4D d8", "2D d8 eps")
+# Learning rates of student and fake: alike, and a faster fake.
+ALIKE = tuple((rate, rate) for rate in (1e-3, 2e-3, 4e-3, 8e-3, 16e-3))
+FASTER = ((4e-3, 8e-3), (8e-3, 16e-3))
+SEEDS, FRESH = tuple(range(10)), tuple(range(200, 210))
+# What is run in this order, what tells most first: cells, arms, rates, seeds.
+CHEAP = tuple(cell for cell in CELLS if cell not in LONG)
+PLAN = [
+    (("4D d8",), MAIN[:4], ALIKE[:4], SEEDS), (("default",), MAIN[:2], ALIKE[1:2], SEEDS),
+    (("4D d8",), MAIN, ALIKE, SEEDS), (("4D d8",), CONFIRMED, ALIKE[1:3], FRESH),
+    (("2D d8",), MAIN[:4], ALIKE[:3:2], SEEDS), (("default",), MAIN[2:4], ALIKE[1:2], SEEDS),
+    (("4D d8",), ABLATION, ALIKE[1:3], SEEDS),
+    (("2D d8 eps", "poor teacher"), MAIN[:4], ALIKE[:3], SEEDS),
+    (CHEAP, MAIN[:4], ALIKE, SEEDS), (("2D d8 eps",), ABLATION, ALIKE[1:3], SEEDS),
+    (("default",), MAIN[:4], ALIKE[:3], SEEDS), (("2D d8 eps",), CONFIRMED, ALIKE[1:3], FRESH),
+    (ABLATED, MAIN, ALIKE + FASTER, SEEDS), (tuple(LONG)[1:], MAIN[:2], ALIKE[2:3], SEEDS)]
+QUICK = [(("4D d8",), MAIN[:2], ALIKE[1::2], SEEDS[:3])]
+Run = tuple[str, str, int, tuple[float, float]]  # cell, arm, seed, rates
+Lines = dict[Run, dict]
 
 
-def curve(rows: list[dict], stage1: int) -> dict[str, list]:
-    """The log in columns, rounded; in "kevals" are thousands of evaluations, those of stage 1 too,
-    and "mismatch" is the mean since the row before."""
-    columns = {"kevals": [kevals(stage1, row["network_evals"]) for row in rows]}
-    for name, digits in (("swd", 3), ("mode_tv", 2), ("off_mode", 2), ("mismatch", 2)):
-        columns[name] = [float(f"{row[name]:.{digits}g}") for row in rows]
-    return columns
+def jobs(plan: list[tuple], lines: Lines) -> Iterator[tuple]:
+    """(cell, arm, seed, rates) of what the lines lack; each run once."""
+    seen = set(lines)
+    for cells, arms, rates, seeds in plan:
+        for cell in cells:
+            for seed in seeds:
+                for arm in arms:
+                    left = [pair for pair in rates if (cell, arm, seed, pair) not in seen]
+                    seen |= {(cell, arm, seed, pair) for pair in left}
+                    # The mismatch that an adaptive target waits for is one run's.
+                    groups = [[pair] for pair in left] if arm == "adaptive" else [left]
+                    yield from ((cell, arm, seed, tuple(group)) for group in groups if group)
 
 
-def kevals(stage1: int, stage2: int) -> int:
-    return round((stage1 + stage2) / 1e3)
+def execute(job: tuple) -> dict:
+    """A job's line."""
+    cell, arm, seed, rates = job
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as out:
+        found = study_runs.advance(Path(out), CELLS[cell], ARMS[arm], seed, rates,
+                                   CELLS[cell]["budget"], cell in WATCHED)
+    return {"cell": cell, "arm": arm, "seed": seed, "rates": rates, "settings": settings(cell, arm),
+            "seconds": round(time.perf_counter() - began, 1), **rounded(found)}
 
 
-def rewrite(folder: Path, control: str) -> None:
-    """Make a control of a recorded path. "forward": the target meets the nodes in the order in
-    which they were recorded, the teacher last all the same. "interpolated": the nodes between the
-    two ends lie on the straight line in weight space, at equal distances."""
-    path = disback.DegradationPath(folder)
-    last, old = len(path) - 1, [file.replace(file.with_suffix(".old")) for file in path.files]
-    about = path.about
-    if control == "forward":
-        nodes = [old[0], *old[-2:0:-1], old[-1]]
-    else:
-        nodes, teacher, degraded = [], load_file(old[0]), load_file(old[-1])
-        for node in range(last + 1):
-            nodes.append(folder / f"{node}.new")
-            files.save_tensors(nodes[-1], {name: torch.lerp(teacher[name], degraded[name],
-                                                              node / last) for name in teacher})
-    ends = [about["positions"][0], about["positions"][-1]]  # those between are no longer known
-    disback.DegradationPath.create(folder, nodes, **about | {"positions": ends, "control": control})
+def settings(cell: str, arm: str) -> int:
+    """A number that changes with the flags."""
+    return zlib.crc32(repr((CELLS[cell], ARMS[arm])).encode())
 
 
-@torch.no_grad()
-def halves(teacher: Callable, fake: Callable, student: Callable, data: mixture.Mixture,
-           sigma_max: float, n: int = 500, m: int = 4000) -> tuple[float, float]:
-    """The exact errors of the two scores of Eq. 8 at the student's noised samples, in the unit of
-    disback.distance: the teacher's against the data's denoiser, and the fake's against that of the
-    student's own distribution (m of its samples; below sigma 0.1 these are too few, so that sigma
-    is log-uniform from 0.1 to sigma_max). Leaves torch's random state alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        x0, own = student(torch.randn(n, 2)), student(torch.randn(m, 2))
-        sigma = 0.1 * (sigma_max / 0.1) ** torch.rand(n, 1)
-        x = x0 + sigma * torch.randn(n, 2)
-    right = data.denoise(x, sigma), mixture.Mixture.of_samples(own).denoise(x, sigma)
-    return tuple(disback.distance(net(x, sigma, None), exact, sigma).item()
-                 for net, exact in zip((teacher, fake), right))
+def rounded(value: object) -> object:
+    """Three digits are kept; null stands for what is not finite."""
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.3g}") if math.isfinite(value) else None
+    return value
 
 
-# ------------------------------------------------------------------------------------ the study
-
-
-def study(grid: Grid, file: Path, jobs: int, skip_corrupt: bool = False) -> dict[tuple, dict]:
-    """Run what the lines lack of the grid: first what needs no tuning, then what did."""
-    with appending(file) as append:
-        lines = read(file, skip_corrupt)
-        check(grid, lines, file)
-        for cell in grid.arms:  # trains each teacher, once
-            flags = CELLS[cell] | dict(grid.flags)
-            problem.make(dataclasses.replace(problem.PRESETS[flags["data"]], **flags))
-        todo = [run for run in runs(grid, lines) if run not in lines]
-        if todo and not lines:  # one, to know how long it takes
-            first = todo.pop(0)
-            lines[first] = execute(grid, first)
-            append(lines[first])
-        seconds = statistics.mean(line["seconds"] for line in lines.values()) if lines else 0
-        print(f"{len(todo)} runs of about {seconds:.1f} s to do, {len(lines)} done: "
-              f"{len(todo) * seconds / jobs / 60:.0f} minutes on {jobs} processes", flush=True)
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, context, follow_parent) as pool:
-            while todo := [run for run in runs(grid, lines) if run[3] and run not in lines]:
-                futures = [pool.submit(execute, grid, run) for run in todo]
-                try:
-                    for future in tqdm(as_completed(futures), "runs", len(todo), smoothing=0.02):
-                        append(future.result())
-                        lines[key(future.result())] = future.result()
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+def read(file: Path) -> Lines:
+    """Every run of the file. Refuses by its number a line that is corrupt, of other settings, or of
+    a run that was there before."""
+    lines = {}
+    for number, text in enumerate(file.read_bytes().splitlines(True) if file.exists() else (), 1):
+        with files.blame(f"{file}, line {number}, is of no use: remove it to repeat its runs"):
+            line = json.loads(text)
+            assert text.endswith(b"\n"), "it was cut off"
+            found = runs_of(line)
+            assert line["settings"] == settings(line["cell"], line["arm"]), "of other settings"
+            assert not found.keys() & lines.keys(), "it repeats a run"
+        lines |= found
     return lines
+
+
+def runs_of(line: dict) -> Lines:
+    """The runs of a job's line, each with its own numbers."""
+    of_each = ("swd", "spread", "away", "bias", "teacher")
+    return {(line["cell"], line["arm"], line["seed"], tuple(pair)):
+            {"steps": line["steps"], "stage1": line["stage1"],
+             "final": {name: ends[i] for name, ends in line["final"].items()},
+             **{name: line[name][i] for name in of_each if name in line}}
+            for i, pair in enumerate(line["rates"])}
+
+
+def study(plan: list[tuple], file: Path, processes: int) -> None:
+    """Run what the lines lack of the plan."""
+    with appending(file) as append:
+        todo = list(jobs(plan, read(file)))
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(processes, follow_parent) as pool:
+            for line in tqdm(pool.imap_unordered(execute, todo), "jobs", len(todo)):
+                append(line)
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("study.py", description=__doc__, allow_abbrev=False)
     parser.error = command.refuse
-    parser.add_argument("--quick", action="store_true", help="a small grid of some minutes")
-    parser.add_argument("--out", type=command.path, help="folder of lines.jsonl and the figures "
-                        "(default: toy2d/study, or runs/study of a quick one)")
-    parser.add_argument("--cells", nargs="+", metavar="CELL", help="only these: " + " ".join(CELLS))
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these: " + " ".join(ARMS))
+    parser.add_argument("--quick", action="store_true", help="one cell: some minutes, runs/study")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (all cores)")
     parser.add_argument("--figures-only", action="store_true", help="draw the lines that are there")
-    parser.add_argument("--skip-corrupt", action="store_true", help="go on past corrupt lines")
     args = parser.parse_args(argv)
     if args.jobs < 1:
         command.refuse(f"--jobs must be at least 1, not {args.jobs}")
-    whole = QUICK if args.quick else FULL
-    grid = select(whole, args.cells, args.arms)
-    file = (args.out or (Path("runs/study") if args.quick else FOLDER)) / "lines.jsonl"
+    file = (Path("runs/study") if args.quick else FOLDER) / "lines.jsonl"
     if args.figures_only and not file.exists():
         raise disback.Refusal(f"{file} does not exist: run the study first")
     if not args.figures_only:
-        study(grid, file, args.jobs, args.skip_corrupt)
-    study_figures.draw(file.parent, whole, read(file, args.skip_corrupt))
+        study(QUICK if args.quick else PLAN, file, args.jobs)
+    study_figures.draw(file.parent, read(file), FRESH)
 
 
 if __name__ == "__main__":
