@@ -67,7 +67,10 @@ FULL = replace(
     checkpointing="yes")
 LORA = replace(FULL, rank=64, batch=1, lr_student=5e-5, lr_fake=5e-5, lr_degrade=5e-5)  # untried
 PRESETS = {"tiny": TINY, "full": FULL, "lora": LORA}
-WRITES = ("figures/path.png", "figures/student.png", "figures/mismatch.png")
+WRITES = ("figures/path.png", "figures/student.png", "figures/mismatch.png",
+          "student/unet/config.json", "student/unet/diffusion_pytorch_model.safetensors",
+          "student/scheduler/scheduler_config.json", "student/SDXL_DisBack.bin",
+          "student/README.md", "student/disback.json")
 OF_PATH = ("size", "timestep", "rank", "store")
 SHOWN = 6  # pictures that are kept at every checkpoint and switch
 

@@ -16,7 +16,7 @@ import disback
 from runtime import files
 from sdxl import memory, model, problem, tiny
 
-SMALL = ["sdxl", "--rank", "4", "--log-every", "50", "--fake-updates", "1"]
+SMALL = ["sdxl", "--rank", "4", "--log-every", "50"]
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,8 @@ def test_both_stages_run_resume_and_serve_the_sum_of_base_and_adapters(tmp_path,
     pytest.importorskip("peft")
     out = tmp_path / "run"
     degrade.main([*SMALL, "--out", str(out), "--steps", "6", "--nodes", "2"])
-    argv = [*SMALL, "--out", str(out), "--interval", "2", "--save-every", "2"]
+    argv = [*SMALL, "--out", str(out), "--interval", "2", "--save-every", "2",
+            "--fake-updates", "1"]
     backtrack.main([*argv, "--steps", "4"])
     first = load_file(out / "student.safetensors")
     monkeypatch.setattr(problem.figures, "draw", lambda *args: None)

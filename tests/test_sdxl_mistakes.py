@@ -78,7 +78,7 @@ def test_without_network_or_local_model_the_files_and_the_flag_are_named(offline
 
 def test_a_run_without_a_model_writes_nothing(offline, tmp_path):
     refused(degrade.main, ["sdxl", "--preset", "full", "--out", str(tmp_path / "run")])
-    assert not (tmp_path / "run").exists()
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("file", [UNET, "model_index.json",
@@ -321,15 +321,22 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_keeps_what_was_there(
     assert files.load_json(tmp_path / "student" / "disback.json", "") == {"kept": True}
 
 
-def test_the_student_of_a_run_that_is_replaced_is_removed(tmp_path):
-    (tmp_path / "student" / "unet").mkdir(parents=True)
-    made = SimpleNamespace(config=problem.TINY, disk=0)
+def test_the_student_of_a_run_that_is_replaced_is_removed_and_what_is_beside_it_is_not(
+        base, tmp_path):
+    files.save_json(tmp_path / "config.json", {"backtrack": {"problem": "sdxl"}})
+    shutil.copy(base / UNET, tmp_path / "student.safetensors")
+    generate.export(tmp_path, base, 0, base="", timestep=1, size=8)
+    (tmp_path / "student.safetensors").unlink()
+    files.save_json(tmp_path / "student" / "mine.json", {})
+    made = SimpleNamespace(config=problem.TINY)
     args = SimpleNamespace(out=tmp_path, problem="sdxl", preset="tiny", seed=0, overwrite=False,
-                           accumulate=1, shard=False, compile=False)
-    assert "student exists" in refused(folder.claim, args, made, "backtrack", {})
+                           resume=False, accumulate=1, shard=False, compile=False,
+                           writes=folder.writes("backtrack", problem.WRITES))
+    assert "student/unet/config.json exists" in refused(folder.refuse_taken, tmp_path, args)
     args.overwrite = True
-    folder.claim(args, made, "backtrack", {})
-    assert not (tmp_path / "student").exists()
+    folder.refuse_taken(tmp_path, args)
+    folder.claim(args, made, "backtrack", {}, 0)
+    assert [file.name for file in (tmp_path / "student").iterdir()] == ["mine.json"]
 
 
 def test_code_in_a_file_of_weights_is_not_run(base, tmp_path):
