@@ -216,7 +216,7 @@ def test_network_evals_of_stage_1_are_those_that_are_made(tmp_path):
 
     def count(module, inputs, output):
         nonlocal spent
-        if isinstance(module, (model.Denoiser, model.Untrained)):
+        if isinstance(module, (model.Denoiser, model.Untrained)) and len(output) == 64:
             spent += 64 * (3 if output.requires_grad else 1)
 
     hook = torch.nn.modules.module.register_module_forward_hook(count)

@@ -202,15 +202,16 @@ def draw_gif(file: Path, runs: list[Path], nodes: list[Tensor], points: Tensor,
         axis.plot(*points.T, color=DATA, label="data", **style)
         (target,) = axis.plot([], [], color=TARGET, label="target", **style)
         (student,) = axis.plot([], [], color=STUDENT, label="student", **style)
-        panels.append((dict(read_snapshots(run)), axis, target, student, method_of(run)))
+        known = nodes if run == runs[0] else nodes[:1]  # of the other only the teacher is here
+        panels.append((dict(read_snapshots(run)), known, axis, target, student, method_of(run)))
     axes[0, 0].legend(loc="lower right", markerscale=3)
     figure.canvas.draw()
     figure.set_layout_engine("none")  # laid out once: again for every picture takes longest
     for now in [step for step in panels[0][0] if step <= EARLY or step % 400 == 0]:
-        for snapshots, axis, target, student, method in panels:
+        for snapshots, known, axis, target, student, method in panels:
             kept = snapshots[max(step for step in snapshots if step <= now)]
             node = int(kept["node"])
-            target.set_data(*nodes[node].T)
+            target.set_data(*known[node].T if node < len(known) else ([], []))
             student.set_data(*kept["student"].T)
             where = f"node {node}" if node else "the teacher"
             axis.set_title(f"{method}, iteration {now}: to {where}", fontsize=10)
