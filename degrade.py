@@ -17,7 +17,7 @@ class Recorder:
 
     "linear" and "log" space the others in steps. "arc" spaces them equally in disback.distance
     from the teacher on `samples`, the student's noised ones as (x, sigma, cond) for each part of a
-    batch: it writes 4N states at log-spaced steps and drops the most crowded in the end. pack(net)
+    batch: it writes 2N states at log-spaced steps and drops the most crowded in the end. pack(net)
     are the tensors to store of a node after the first, write(file, tensors) stores them.
     """
 
@@ -28,13 +28,13 @@ class Recorder:
         assert 1 <= nodes <= steps
         self.folder, self.nodes, self.samples, self.pack = Path(folder), nodes, samples, pack
         self.write = write or (lambda file, tensors: save_file(tensors, file))
-        count = min(4 * nodes, steps) if spacing == "arc" else nodes
+        count = min(2 * nodes, steps) if spacing == "arc" else nodes
         self.candidates = {0, *(round(steps * i / count) if spacing == "linear" else
                                 max(i, int(steps ** (i / count))) for i in range(1, count + 1))}
-        self.kept: list[tuple[float, int, str]] = []  # position, step and file of a candidate
+        self.kept: list[tuple[int, float]] = []  # step and position of every state in the folder
         self.d_teacher = self._answers(teacher)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._keep(0.0, 0, teacher.state_dict())
+        self._keep(0, 0.0, teacher.state_dict())
 
     def offer(self, net: nn.Module, step: int) -> float | None:
         """Call after every step, counted from 1: writes `net` where a candidate is due, and returns
@@ -43,19 +43,17 @@ class Recorder:
             return None
         distances = [disback.distance(d, d_teacher, sigma) for d, d_teacher, (_, sigma, _)
                      in zip(self._answers(net), self.d_teacher, self.samples)]
-        return self._keep(torch.stack(distances).mean().item(), step, self.pack(net))
+        return self._keep(step, torch.stack(distances).mean().item(), self.pack(net))
 
     def close(self, **about: object) -> disback.DegradationPath:
         """Thin to N + 1 nodes, number them, write path.json with `about` as well, and open it."""
-        assert self.kept[-1][1] == max(self.candidates), "every step must be offered"
+        assert self.kept[-1][0] == max(self.candidates), "every step must be offered"
         while len(self.kept) > self.nodes + 1:
-            at = [position for position, _, _ in self.kept]
-            self.kept.pop(min(range(1, len(at) - 1), key=lambda i: at[i + 1] - at[i - 1]))
-        positions, steps, names = zip(*self.kept)
-        for file in self.folder.glob("step-*.safetensors"):
-            if file.name not in names:
-                file.unlink()
-        return disback.DegradationPath.create(self.folder, [self.folder / name for name in names],
+            at = [position for _, position in self.kept]
+            crowded = min(range(1, len(at) - 1), key=lambda i: at[i + 1] - at[i - 1])
+            self._file(self.kept.pop(crowded)[0]).unlink(missing_ok=True)
+        steps, positions = zip(*self.kept)
+        return disback.DegradationPath.create(self.folder, [self._file(step) for step in steps],
                                               steps=steps, positions=positions, **about)
 
     def state_dict(self) -> dict:
@@ -68,10 +66,13 @@ class Recorder:
     def _answers(self, net: nn.Module) -> list[Tensor]:
         return [net(*part) for part in self.samples]
 
-    def _keep(self, position: float, step: int, weights: dict) -> float:
-        self.write(self.folder / f"step-{step}.safetensors", weights)
-        self.kept.append((position, step, f"step-{step}.safetensors"))
+    def _keep(self, step: int, position: float, weights: dict) -> float:
+        self.write(self._file(step), weights)
+        self.kept.append((step, position))
         return position
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"step-{step}.safetensors"
 
 
 def main(argv: list[str]) -> None:

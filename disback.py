@@ -48,12 +48,13 @@ def vsd_gradient(x0: Tensor, sigma: Tensor, d_fake: Tensor, d_target: Tensor,
     """Eq. 8's w(sigma) * (s_fake - s_target), the gradient with respect to x0 [n, ...].
 
     At one x the scores differ by (D_fake - D_target) / sigma^2, so that w = 1 is "score", sigma
-    "eps", sigma^2 "x0" (Diff-Instruct) and sigma^2 / mean|x0 - D_target| "dmd" (DMD2).
+    "eps", sigma^1.5 "half" (between its neighbours), sigma^2 "x0" (Diff-Instruct) and
+    sigma^2 / mean|x0 - D_target| "dmd" (DMD2).
     """
     difference = d_fake - d_target
     if weighting == "dmd":
         return difference / (x0 - d_target).abs().mean(dim=tuple(range(1, x0.dim())), keepdim=True)
-    return difference / sigma ** {"score": 2, "eps": 1, "x0": 0}[weighting]
+    return difference / sigma ** {"score": 2, "eps": 1, "half": 0.5, "x0": 0}[weighting]
 
 
 def vsd_loss(x0: Tensor, sigma: Tensor, fake: Callable, target: Callable, cond: Any,

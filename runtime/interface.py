@@ -37,7 +37,7 @@ class Config:
     interval: int = setting(10, "iterations that the target stays at a node")
     switch: Literal["interval", "adaptive"] = setting(
         "interval", "when the target moves on; adaptive: once the fake has caught up")
-    weighting: Literal["score", "eps", "x0", "dmd"] = setting("eps", "w(sigma) of Eq. 8")
+    weighting: Literal["score", "eps", "half", "x0", "dmd"] = setting("eps", "w(sigma) of Eq. 8")
     lr_student: float = setting(6e-3, "learning rate of the student")
     lr_fake: float = setting(6e-3, "learning rate of the fake")
     lr_degrade: float = setting(2e-3, "learning rate of the degrading teacher")

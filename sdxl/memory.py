@@ -69,7 +69,7 @@ def path_bytes(teacher: nn.Module, config: Any) -> int:
 
 def candidates(config: Any) -> int:
     """The states that degrade.Recorder writes after node 0, before it thins them to nodes."""
-    return min(4 * config.nodes, config.degrade_steps) if config.spacing == "arc" else config.nodes
+    return min(2 * config.nodes, config.degrade_steps) if config.spacing == "arc" else config.nodes
 
 
 def adapter_parameters(unet: nn.Module, rank: int) -> int:

@@ -11,6 +11,7 @@ import disback
 WEIGHTS = {  # w(sigma) of Eq. 8; "dmd" depends on the sample as well
     "score": lambda sigma, x0, d_target: torch.ones_like(sigma),
     "eps": lambda sigma, x0, d_target: sigma,
+    "half": lambda sigma, x0, d_target: sigma**1.5,
     "x0": lambda sigma, x0, d_target: sigma**2,
     "dmd": lambda sigma, x0, d_target: sigma**2 / (x0 - d_target).abs().mean(1, keepdim=True),
 }
@@ -33,7 +34,7 @@ def test_vsd_gradient_is_the_weighted_difference_of_the_two_gaussian_scores(gaus
     torch.testing.assert_close(found, weight * (s_fake - s_target), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("weighting", ["score", "eps", "x0"])
+@pytest.mark.parametrize("weighting", ["score", "eps", "half", "x0"])
 def test_vsd_loss_has_the_gradient_of_the_kl_divergence_between_noised_gaussians(
         gaussian, weighting):
     """G(z) = a + b z against N(-0.5, 1.2^2): Eq. 8 is w(sigma) times the gradient of the KL."""
@@ -126,11 +127,10 @@ def test_each_update_moves_its_own_network_and_no_other():
     from toy2d import model, problem
 
     torch.manual_seed(0)
-    config = problem.Config(width=8, depth=1)
     teacher = model.Denoiser(8, 1, 1.0)
     nets = {"teacher": teacher, "fake": copy.deepcopy(teacher), "degraded": copy.deepcopy(teacher),
-            "student": problem.Untrained(config)}
-    sigma = problem.karras_sigma(32, config)
+            "student": model.Untrained(8.0, 8, 1)}
+    sigma = problem.lognormal_sigma(32, 1.0)
 
     def moved(name, loss):
         before = {key: copy.deepcopy(net.state_dict()) for key, net in nets.items()}

@@ -7,7 +7,7 @@ from scipy.stats import multivariate_normal
 
 from toy2d import metrics, mixture
 
-PRESETS = [mixture.ring, mixture.grid, mixture.uneven]
+PRESETS = [mixture.ring, mixture.grid, mixture.uneven, mixture.ring16]
 
 
 def in_double(m):
@@ -20,7 +20,7 @@ def test_log_density_is_scipys(preset, sigma):
     m = in_double(preset())
     x = m.sample(20).double()
     expected = np.log(sum(
-        w * multivariate_normal(mean, (s**2 + sigma**2) * np.eye(2)).pdf(x.numpy())
+        w * multivariate_normal(mean, np.diag(s**2 + sigma**2)).pdf(x.numpy())
         for w, mean, s in zip(m.weights.numpy(), m.means.numpy(), m.stds.numpy())))
     np.testing.assert_allclose(m.log_density(x, sigma).numpy(), expected, rtol=1e-10, atol=1e-10)
 
@@ -28,7 +28,7 @@ def test_log_density_is_scipys(preset, sigma):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_score_is_the_gradient_of_the_log_density_near_and_far(preset):
     m = in_double(preset())
-    x = torch.cat([m.sample(30).double(), 20 + torch.randn(10, 2, dtype=torch.float64)])
+    x = torch.cat([m.sample(30).double(), 20 + torch.randn(10, m.dims, dtype=torch.float64)])
     x.requires_grad_()
     sigma = torch.logspace(-1.5, 1.3, 40, dtype=torch.float64)[:, None]
     (expected,) = torch.autograd.grad(m.log_density(x, sigma).sum(), x)
@@ -73,6 +73,17 @@ def test_metrics_of_a_shifted_sample_set_are_the_known_ones():
     assert same["swd"] == pytest.approx(0, abs=1e-6)
     assert same["energy_distance"] == pytest.approx(0, abs=1e-5)
     assert same["off_mode"] < 0.001 and same["modes_missed"] == 0 and same["mode_tv"] < 0.02
+
+
+def test_metrics_of_samples_in_16_dimensions_are_the_planes_and_the_way_to_it():
+    """Samples of the ring, lifted off its plane by a vector of length 5."""
+    flat, thick = metrics.Evaluation(mixture.ring()), metrics.Evaluation(mixture.ring16())
+    x = torch.cat([flat.reference + torch.tensor([30.0, 40.0]), torch.zeros(10_000, 14)], dim=1)
+    x[:, [2, 15]] = torch.tensor([3.0, 4.0])
+    found, expected = thick.of(x), flat.of(x[:, :2])
+    assert found["off_plane"] == pytest.approx(5) and "off_plane" not in expected
+    assert found["swd"] == pytest.approx((50**2 / 2 + 25) ** 0.5, rel=1e-3)
+    assert expected["swd"] == pytest.approx(50 / 2**0.5, rel=1e-3)
 
 
 def test_metrics_count_missing_modes_and_their_weights():

@@ -110,6 +110,15 @@ def test_nodes_lie_at_distinct_steps_that_rise_and_end_at_the_last(tmp_path, spa
         assert factors[-1].item() == pytest.approx(steps ** (1 / nodes), rel=0.05)
 
 
+def test_arc_spacing_writes_twice_as_many_states_and_thins_them_in_the_end(tmp_path):
+    net = Shift()
+    recorder = degrade.Recorder(tmp_path, net, 5, 100, SAMPLES)
+    for step in range(1, 101):
+        recorder.offer(net, step)
+    assert len(recorder.candidates) == len(list(tmp_path.glob("step-*.safetensors"))) == 1 + 2 * 5
+    assert len(recorder.close()) == len(list(tmp_path.glob("*.safetensors"))) == 1 + 5
+
+
 @pytest.mark.parametrize("spacing", ["linear", "log", "arc"])
 @pytest.mark.parametrize("nodes, steps", [(1, 1), (1, 9), (7, 7), (3, 50)])
 def test_every_spacing_records_as_many_nodes_as_asked_for(tmp_path, spacing, nodes, steps):

@@ -23,16 +23,15 @@ def test_the_example_adds_backtracking_to_somebody_elses_loop(tmp_path, monkeypa
     assert len([line for line in code.splitlines() if line and not line.startswith("#")]) <= 20
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    config = problem.Config(width=8, depth=1)
     teacher = model.Denoiser(8, 1, 1.0)
     original, targets = copy.deepcopy(teacher), []
 
     def your_distillation_step(generator, fake, target):
         targets.append(target.net[0].weight.detach().clone())
 
-    names = dict(teacher=teacher, fake=copy.deepcopy(teacher), generator=problem.Untrained(config),
+    names = dict(teacher=teacher, fake=copy.deepcopy(teacher), generator=model.Untrained(8.0, 8, 1),
                  draw_z=lambda: torch.randn(16, 2),
-                 draw_sigma=lambda: problem.karras_sigma(16, config),
+                 draw_sigma=lambda: problem.lognormal_sigma(16, 1.0),
                  your_distillation_step=your_distillation_step)
     exec(code, names)
     for iteration, weight in enumerate(targets):
@@ -50,7 +49,7 @@ def test_the_example_adds_backtracking_to_a_loop_in_dmd2s_style(tmp_path, monkey
     assert len(code.splitlines()) <= 20
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    config, teacher = problem.Config(width=8, depth=1), model.Denoiser(8, 1, 1.0)
+    teacher = model.Denoiser(8, 1, 1.0)
     nodes = [model.Denoiser(8, 1, 1.0).state_dict() for _ in range(3)]  # 0 is the teacher
     nodes[0] = copy.deepcopy(teacher.state_dict())
     (tmp_path / "my_path").mkdir()
@@ -64,17 +63,17 @@ def test_the_example_adds_backtracking_to_a_loop_in_dmd2s_style(tmp_path, monkey
 
     def distribution_matching_loss(x0):
         seen.append(("real", copy.deepcopy(guidance.real_unet.state_dict())))
-        sigma = problem.karras_sigma(len(x0), config)
+        sigma = problem.lognormal_sigma(len(x0), 1.0)
         return disback.vsd_loss(x0, sigma, guidance.fake_unet, guidance.real_unet, None, "dmd")[0]
 
     def fake_loss(x0):
         start.append(copy.deepcopy(guidance.fake_unet.state_dict()))
         seen.append(("fake", None))
         return disback.score_matching_loss(guidance.fake_unet, x0,
-                                           problem.karras_sigma(len(x0), config))
+                                           problem.lognormal_sigma(len(x0), 1.0))
 
     guidance.distribution_matching_loss, guidance.fake_loss = distribution_matching_loss, fake_loss
-    generator = problem.Untrained(config)
+    generator = model.Untrained(8.0, 8, 1)
     before = copy.deepcopy(generator.state_dict())
     exec(code, dict(
         disback=disback, guidance=guidance, generator=generator, steps=5 * 25,

@@ -120,7 +120,8 @@ def test_a_torn_last_line_of_the_log_does_not_stop_a_resumed_run(recorded, tmp_p
 
 def test_a_short_run_takes_the_student_most_of_the_way_to_the_data(tmp_path, no_figures):
     backtrack.main(["toy2d", "--out", str(tmp_path), "--target", "teacher", *BACKTRACK,
-                    "--steps", "120", "--lr-student", "0.02", "--lr-fake", "0.02"])
+                    "--steps", "120", "--lr-student", "0.02", "--lr-fake", "0.02",
+                    "--ema", "0.9"])
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["swd"] < lines[0]["swd"] / 2
 
@@ -141,8 +142,8 @@ def test_the_fake_starts_at_the_last_node_and_learns_with_the_problems_weight(
     monkeypatch.setattr(disback, "score_matching_loss", spy_weight)
     backtracked(recorded, tmp_path)
     assert same(first[0], load_file(recorded / "path" / "04.safetensors"))
-    for sigma, weight in weights:  # sigma_data is 1: EDM's weight is 1 + 1 / sigma^2
-        torch.testing.assert_close(weight, 1 + sigma**-2)
+    for sigma, weight in weights:  # EDM's weight, (sigma^2 + sigma_data^2) / (their product)^2
+        torch.testing.assert_close(weight, 1.42**-2 + sigma**-2)
 
 
 def test_the_student_that_is_saved_is_the_moving_average(recorded, tmp_path, no_figures):
@@ -192,7 +193,7 @@ def test_network_evals_are_the_forwards_and_backwards_that_are_made(
 
     def count(module, inputs, output):
         nonlocal spent
-        if isinstance(module, (model.Denoiser, problem.Untrained)) and len(output) == 64:
+        if isinstance(module, (model.Denoiser, model.Untrained)) and len(output) == 64:
             spent += 64 * (3 if output.requires_grad else 1)
 
     hook = torch.nn.modules.module.register_module_forward_hook(count)
@@ -211,7 +212,7 @@ def test_network_evals_of_stage_1_are_those_that_are_made(tmp_path):
 
     def count(module, inputs, output):
         nonlocal spent
-        if isinstance(module, (model.Denoiser, problem.Untrained)):
+        if isinstance(module, (model.Denoiser, model.Untrained)):
             spent += 64 * (3 if output.requires_grad else 1)
 
     hook = torch.nn.modules.module.register_module_forward_hook(count)
@@ -263,6 +264,37 @@ def test_karras_levels_are_uniform_in_the_seventh_root_and_stay_in_range():
     torch.testing.assert_close(quantiles, torch.tensor([0.25, 0.5, 0.75]), atol=0.01, rtol=0)
 
 
+def test_lognormal_levels_are_edms_scaled_to_the_datas_deviation():
+    """EDM: ln sigma ~ N(-1.2, 1.2^2) for data of standard deviation 0.5."""
+    torch.manual_seed(0)
+    logs = (problem.lognormal_sigma(100_000, 1.42) * 0.5 / 1.42).log()
+    assert logs.shape == (100_000, 1)
+    assert logs.mean().item() == pytest.approx(-1.2, abs=0.02)
+    assert logs.std().item() == pytest.approx(1.2, rel=0.01)
+
+
+def test_student_and_fake_draw_the_noise_that_is_asked_for():
+    small = dict(width=16, depth=1, teacher_steps=60, teacher_batch=64)
+    made = make(problem, noise="karras", sigma_min=3.0, sigma_max=4.0, **small)
+    usual = make(problem, **small)
+    for draw in (made.sample_sigma, made.sample_sigma_vsd):
+        assert 3 * 0.9999 <= draw(1000).min() < 3.1 < 3.9 < draw(1000).max() <= 4 * 1.0001
+    for draw in (usual.sample_sigma, usual.sample_sigma_vsd):
+        assert draw(1000).log().mean().item() == pytest.approx(-1.2 + math.log(2.84), abs=0.2)
+    assert same(made.teacher.state_dict(), usual.teacher.state_dict())
+
+
+def test_an_untrained_student_is_a_blob_with_the_fourier_features_of_its_input():
+    torch.manual_seed(0)
+    for dims in (2, 16):
+        student, z = model.Untrained(8.0, 16, 1, dims), torch.randn(50, dims)
+        assert student.centre.norm().item() == pytest.approx(8.0)
+        features = torch.cat([z, *(wave(f * z) for wave in (torch.sin, torch.cos)
+                                   for f in (1, 2, 4))], dim=1)
+        torch.testing.assert_close(student(z), student.centre + z / 2 + student.net(features))
+    assert student.centre[:2].norm() == 0  # in 16 dimensions it starts off the data's plane
+
+
 def test_the_sampler_draws_a_gaussian_from_its_exact_denoiser(gaussian):
     torch.manual_seed(0)
     net = gaussian(1.0, 0.5).float()
@@ -307,7 +339,7 @@ def test_stage_1_learns_at_its_own_rate_with_the_problems_weight(tmp_path, monke
     degrade.main(["toy2d", "--out", str(tmp_path), *DEGRADE, "--lr-degrade", "5e-3"])
     assert [lr for _, lr in rates][-20:] == [5e-3] * 20
     for sigma, weight in weights[-20:]:  # those before them are the teacher's own training
-        torch.testing.assert_close(weight, 1 + sigma**-2)
+        torch.testing.assert_close(weight, 1.42**-2 + sigma**-2)
 
 
 def test_the_weighting_and_the_momentum_are_those_asked_for(

@@ -190,7 +190,7 @@ def test_a_run_is_that_of_the_stages_and_fits_in_the_budget(tmp_path, no_figures
     found = study.execute(GRID, ("ring-8-eps", "vsd_tuned", 3, RATES[1]))
     backtrack.main(["toy2d", "--out", str(tmp_path), *SMALL, "--batch", "64", "--seed", "3",
                     "--steps", "80", "--lr-student", "1e-2", "--lr-fake", "1e-2",
-                    "--target", "teacher"])
+                    "--target", "teacher", "--weighting", "eps"])
     direct = json.loads((tmp_path / "metrics.json").read_text())
     assert found["final"]["swd"] == round(direct["swd"], 4)
     path = study.execute(GRID, ("ring-8-eps", "disback", 0, RATES[1]))
@@ -246,7 +246,7 @@ def test_the_interpolated_control_lies_on_the_straight_line_between_the_recorded
 
 def test_an_exact_teacher_has_no_error_and_a_fakes_error_is_that_of_its_bias():
     data, std = mixture.ring(), 0.5
-    own = mixture.Mixture(torch.ones(1), torch.tensor([[8.0, 8.0]]), torch.tensor([std]))
+    own = mixture.Mixture(torch.ones(1), torch.tensor([[8.0, 8.0]]), torch.full((1, 2), std))
 
     def teacher(x, sigma, cond):
         return data.denoise(x, sigma)
@@ -289,19 +289,19 @@ def test_a_run_that_never_arrives_loses_and_two_of_them_draw():
 
 
 def test_the_comparison_is_paired_by_seed_and_counts_stage_1():
-    grid = study_grid.Grid({"ring-8-eps": ("vsd_tuned", "disback")}, {"ring-8-eps": 75}, RATES[:1],
+    grid = study_grid.Grid({"ring-8-eps": ("vsd_tuned", "disback")}, {"ring-8-eps": 150}, RATES[:1],
                       (100,), (0, 1, 2))
     lines = []
     for arm in grid.arms["ring-8-eps"]:
         lines.append(line("ring-8-eps", arm, 100, RATES[0], 0.2))
         for seed in grid.seeds:
-            found = line("ring-8-eps", arm, seed, RATES[0], 0.2, steps=75)
+            found = line("ring-8-eps", arm, seed, RATES[0], 0.2, steps=150)
             reached = (100 + 50 * seed) * (0.5 if arm == "disback" else 1)
             found["curve"] |= {"kevals": [reached, 300], "swd": [0.2, 0.2]}
             lines.append(found)
     result = study_figures.compare(grid, by_key(lines), "ring-8-eps")
     assert result["ratio"] == (0.5, 0.5, 0.5) and result["level"] == 0.2
-    assert result["vsd_share"][0] == pytest.approx(150e3 / (75 * 8 * 512))
+    assert result["vsd_share"][0] == pytest.approx(150e3 / (150 * 8 * 256))
 
 
 def test_the_figures_are_redrawn_identically_from_the_lines(tmp_path):

@@ -10,8 +10,8 @@ from toy2d import mixture, model, problem
 
 def make(config: problem.Config, seed: int, device: Any) -> Problem:
     """The toy with a teacher of random weights."""
-    teacher = model.Denoiser(config.width, config.depth, config.sigma_data)
     data = getattr(mixture, config.data)()
+    teacher = model.Denoiser(config.width, config.depth, config.sigma_data, data.dims)
     return problem.assemble(config, seed, device, data, teacher, "random")
 
 

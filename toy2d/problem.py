@@ -1,10 +1,9 @@
-"""The 2D toy: a Gaussian mixture, an MLP as the teacher, a student that starts off the data."""
+"""The toy: a Gaussian mixture, an MLP as the teacher, a student that starts off the data."""
 
 import copy
 import hashlib
 import inspect
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,7 +20,8 @@ from toy2d import figures, metrics, mixture, model
 class Config(interface.Config):
     """The toy's own settings. Values without a source were tuned on the ring, see README.md."""
 
-    data: Literal["ring", "grid", "uneven"] = setting("ring", "the mixture, see mixture.py")
+    data: Literal["ring", "grid", "uneven", "ring16"] = setting(
+        "ring", "the mixture, see mixture.py")
     start: Literal["off", "teacher"] = setting(
         "off", "untrained and off the data, or the teacher's copy")
     distance: float = setting(
@@ -29,8 +29,9 @@ class Config(interface.Config):
     start_sigma: float = setting(5.0, "the noise level at which a copy of the teacher generates")
     width: int = setting(128, "hidden units; 64 made a bad teacher")
     depth: int = setting(3, "hidden layers")
-    sigma_data: float = setting(
-        1.0, "of EDM's preconditioning, near the data's standard deviation")
+    sigma_data: float = setting(1.42, "of EDM's preconditioning: the ring's standard deviation")
+    noise: Literal["lognormal", "karras"] = setting(
+        "lognormal", "levels of student and fake: as EDM trains, or from sigma_min to sigma_max")
     sigma_min: float = setting(0.02, "the least noise, well below a mode's width")
     sigma_max: float = setting(20.0, "the most noise, well above the data's extent")
     teacher_steps: int = setting(4000, "training steps of the teacher")
@@ -43,36 +44,13 @@ class Config(interface.Config):
             raise disback.Refusal(f"--sigma-min {self.sigma_min} must be below --sigma-max")
 
 
-# Adam without momentum and one update of the fake, the defaults, are Diff-Instruct's; the average
-# is short as the run is short.
-PRESETS = {name: Config(data=name) for name in ("ring", "grid", "uneven")}
-OF_TEACHER = ("data", "width", "depth", "sigma_data", "sigma_min", "sigma_max",
-              "teacher_steps", "teacher_batch", "teacher_lr")
+# Adam without momentum and one update of the fake, the defaults, are Diff-Instruct's.
+RING = Config(degrade_steps=100, backtrack_steps=4000, batch=256, weighting="half",
+              lr_student=2e-3, lr_fake=2e-3, beta2=0.99, ema=0.99, log_every=100)
+PRESETS = {name: replace(RING, data=name) for name in ("ring", "grid", "uneven", "ring16")}
+OF_TEACHER = ("data", "width", "depth", "sigma_data", "teacher_steps", "teacher_batch",
+              "teacher_lr")
 OF_PATH = (*OF_TEACHER, "start", "distance", "start_sigma")  # the student's start as well
-
-
-class Untrained(nn.Module):
-    """A generator G(z) = centre + z / 2 + MLP(z) for z [n, 2]: a blob around its centre."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        diagonal = config.distance / math.sqrt(2)
-        self.register_buffer("centre", torch.tensor([diagonal, diagonal]))
-        self.net = model.mlp(2, config.width, config.depth)
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.centre + z / 2 + self.net(z)
-
-
-class TeacherCopy(nn.Module):
-    """A generator G(z) = D(sigma z, sigma) for z [n, 2]: the teacher's one-step denoising."""
-
-    def __init__(self, denoiser: model.Denoiser, sigma: float):
-        super().__init__()
-        self.denoiser, self.sigma = denoiser, sigma
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.denoiser(self.sigma * z, z.new_full((len(z), 1), self.sigma))
 
 
 def make(config: Config, seed: int = 0,
@@ -91,18 +69,20 @@ def assemble(config: Config, seed: int, device: torch.device | str, data: mixtur
              teacher: model.Denoiser, teacher_sha256: str) -> interface.Problem:
     """The problem of a teacher."""
     torch.manual_seed(seed)
-    student = (Untrained(config) if config.start == "off"
-               else TeacherCopy(copy.deepcopy(teacher), config.start_sigma))
+    student = (model.Untrained(config.distance, config.width, config.depth, data.dims)
+               if config.start == "off"
+               else model.TeacherCopy(copy.deepcopy(teacher), config.start_sigma))
 
     for layer in (*teacher.modules(), *student.modules()):
         if isinstance(layer, model.Perceptron):
             layer.bf16 = config.precision == "bf16"
 
     def sample_inputs(n: int) -> tuple[Tensor, None]:
-        return torch.randn(n, 2, device=device), None
+        return torch.randn(n, data.dims, device=device), None
 
     def sample_sigma(n: int) -> Tensor:
-        return karras_sigma(n, config, device)
+        return (karras_sigma(n, config, device) if config.noise == "karras"
+                else lognormal_sigma(n, config.sigma_data, device))
 
     about = {name: getattr(config, name) for name in OF_PATH} | {"teacher_sha256": teacher_sha256}
     return interface.Problem(
@@ -114,7 +94,13 @@ def assemble(config: Config, seed: int, device: torch.device | str, data: mixtur
         score_weight=lambda sigma: score_weight(sigma, config.sigma_data),
         evaluate=metrics.Evaluation(data), snapshot=lambda: sample_inputs(2000),
         draw=lambda out, path, compare: figures.draw(
-            out, path, compare, teacher, lambda net, n: sample(net, n, config), data))
+            out, path, compare, teacher, lambda net, n: sample(net, n, config, data.dims), data))
+
+
+def lognormal_sigma(n: int, sigma_data: float, device: torch.device | str = "cpu") -> Tensor:
+    """n noise levels [n, 1] as EDM trains on images, whose standard deviation is 0.5 (Karras et
+    al. 2022, Table 1), scaled to data of another one."""
+    return sigma_data / 0.5 * (1.2 * torch.randn(n, 1, device=device) - 1.2).exp()
 
 
 def karras_sigma(n: int, config: Config, device: torch.device | str = "cpu",
@@ -133,8 +119,8 @@ def trained_teacher(config: Config, data: mixture.Mixture) -> tuple[model.Denois
     """The teacher from the cache, or trained into it, and its file's hash; the file is named by all
     that the teacher depends on."""
     torch.manual_seed(0)
-    net = model.Denoiser(config.width, config.depth, config.sigma_data)
-    source = "".join(map(inspect.getsource, (model, mixture, train, karras_sigma, score_weight)))
+    net = model.Denoiser(config.width, config.depth, config.sigma_data, data.dims)
+    source = "".join(map(inspect.getsource, (model, mixture, train, lognormal_sigma, score_weight)))
     depends_on = repr([getattr(config, name) for name in OF_TEACHER]) + source + torch.__version__
     name = hashlib.sha256(depends_on.encode()).hexdigest()[:16]
     file = files.cached(f"toy2d-{config.data}-{name}.safetensors")
@@ -152,7 +138,7 @@ def train(net: model.Denoiser, config: Config, data: mixture.Mixture) -> None:
     optimizer = torch.optim.Adam(net.parameters(), lr=config.teacher_lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.teacher_steps)
     for _ in trange(config.teacher_steps, desc="teacher (first use)"):
-        sigma = karras_sigma(config.teacher_batch, config)
+        sigma = lognormal_sigma(config.teacher_batch, config.sigma_data)
         loss = disback.score_matching_loss(net, data.sample(config.teacher_batch), sigma,
                                            weight=score_weight(sigma, config.sigma_data))
         optimizer.zero_grad()
@@ -162,13 +148,13 @@ def train(net: model.Denoiser, config: Config, data: mixture.Mixture) -> None:
 
 
 @torch.no_grad()
-def sample(net: nn.Module, n: int, config: Config, steps: int = 40) -> Tensor:
-    """n samples [n, 2] of a denoiser by Heun's method on the probability-flow ODE, from sigma_max
-    to 0 (Karras et al. 2022, Algorithm 1)."""
+def sample(net: nn.Module, n: int, config: Config, dims: int = 2, steps: int = 40) -> Tensor:
+    """n samples [n, dims] of a denoiser by Heun's method on the probability-flow ODE, from
+    sigma_max to 0 (Karras et al. 2022, Algorithm 1)."""
     rho = 7.0
     low, high = config.sigma_min ** (1 / rho), config.sigma_max ** (1 / rho)
     sigmas = [*torch.linspace(high, low, steps).pow(rho).tolist(), 0.0]
-    x = config.sigma_max * torch.randn(n, 2)
+    x = config.sigma_max * torch.randn(n, dims)
 
     def slope(x: Tensor, sigma: float) -> Tensor:
         return (x - net(x, x.new_full((n, 1), sigma))) / sigma
