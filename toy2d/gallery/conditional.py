@@ -20,7 +20,7 @@ class Conditional(model.Denoiser):
 
     def __init__(self, width: int = 128):
         super().__init__(width, 3, sigma_data=1.0)
-        self.net = model.mlp(2 + 8 + CLASSES + 1, width, 3)
+        self.net = model.mlp(2 + 8 + CLASSES + 1, 2, width, 3)
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
         label = torch.full((len(x),), CLASSES) if cond is None else cond

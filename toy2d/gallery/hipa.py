@@ -47,9 +47,8 @@ def once(net: nn.Module, z: Tensor) -> Tensor:
 
 
 def pretrain(toy: Toy, steps: int = 3000) -> nn.Module:
-    """The frozen model, by denoising score matching; its first and last layer take 16 points."""
-    net = model.Denoiser(192, 3, STD)
-    net.net[0], net.net[-1] = nn.Linear(N + 8, 192), nn.Linear(192, N)
+    """The frozen model, by denoising score matching."""
+    net = model.Denoiser(192, 3, STD, N)
     adam = toy.adam(net, 2e-3, 0.9)
     for _ in loop(steps, adam):
         sigma = toy.sigma()

@@ -20,7 +20,7 @@ class Generator(nn.Module):
 
     def __init__(self, width: int = 128, labels: int = 0):
         super().__init__()
-        self.labels, self.net = labels, model.mlp(2 + labels, width, 3)
+        self.labels, self.net = labels, model.mlp(2 + labels, 2, width, 3)
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         one_hot = [] if label is None else [nn.functional.one_hot(label, self.labels).to(z)]
