@@ -58,8 +58,10 @@ def run_all(out: Path, file: Path, seeds: int, jobs: int) -> None:
     with appending(file) as append:
         conditional.teacher(Toy(0))  # both teachers, before the workers ask for them
         lines = read(file)
-        todo = [key for seed in range(seeds) for method in METHODS for arm in arms(method)
-                if not fresh(lines.get(key := (method, *arm, seed)))]
+        keys = [(method, *arm, seed) for seed in range(seeds) for method in METHODS
+                for arm in arms(method)]
+        keys.sort(key=lambda key: key[1] != "")  # variants last
+        todo = [key for key in keys if not fresh(lines.get(key))]
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), follow_parent) as pool:
             futures = [pool.submit(execute, out, key) for key in todo]
             try:

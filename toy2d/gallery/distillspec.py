@@ -45,7 +45,7 @@ def features() -> Tensor:
 
 
 def sequences(p: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """n sequences from p [341, 4]: all their prefixes [5 n], and the letter after each."""
+    """The prefixes [5 n] of n sequences from p [341, 4], and the letter after each."""
     nodes, letters = [torch.zeros(n, dtype=torch.long)], []
     for _ in range(TOKENS):
         letters.append(torch.multinomial(p[nodes[-1]], 1)[:, 0])
@@ -59,9 +59,8 @@ def acceptance(p: Tensor, weight: Tensor, q: Tensor) -> float:  # one token draf
 
 def distil(toy: Toy, p: Tensor, draft: nn.Module, divergence: str, source: str) -> Tensor:
     """Minimise D(p, q) at prefixes from the "draft" or the "target"; returns q [341, 4]."""
-    x, adam = features(), toy.adam(draft, 2e-2, 0.9)
-    start = draft(x).softmax(1).detach()
-    for i in loop(400, adam):
+    x, start = features(), draft(features()).softmax(1).detach()
+    for i in loop(400, adam := toy.adam(draft, 2e-2, 0.9)):
         mixed = max(0.9 * (1 - i / 200), 0) if toy.backtrack else 0
         q, walking = draft(x).softmax(1), (1 - mixed) * p + mixed * start
         node, _ = sequences(p if source == "target" else q.detach(), 64)
@@ -70,10 +69,10 @@ def distil(toy: Toy, p: Tensor, draft: nn.Module, divergence: str, source: str) 
 
 
 def train(toy: Toy) -> Result:
+    (p, weight), x = target(mixture.uneven()), features()
     draft = nn.Sequential(nn.Linear(16, 8), nn.SiLU(), nn.Linear(8, 4))
-    (p, weight), x, adam = target(mixture.uneven()), features(), toy.adam(draft, 2e-2, 0.9)
     node, letter = sequences(p, 200)
-    for _ in loop(400, adam):
+    for _ in loop(400, adam := torch.optim.Adam(draft.parameters(), 2e-2)):
         update(adam, nn.functional.cross_entropy(draft(x[node]), letter))
     before = acceptance(p, weight, draft(x).softmax(1))
     after = {name: acceptance(p, weight, distil(toy, p, copy.deepcopy(draft), name, "draft"))

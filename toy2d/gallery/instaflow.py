@@ -12,7 +12,7 @@ from toy2d.gallery.core import BATCH, HI, Result, Toy, dsm, loop, update
 from toy2d.gallery.samplers import at, levels, lognormal, ode, one
 
 NAME, QUERIES, START, STEPS, BACKTRACK = "InstaFlow", "J", "copy", 1, False
-VARIANTS = {"": {}, "without reflow": {"reflow": False}}
+VARIANTS = {"without reflow": {"reflow": False}}
 
 
 def train(toy: Toy, reflow: bool = True) -> Result:

@@ -56,17 +56,19 @@ def version(method: str) -> str:
     problem = ast.parse((HERE.parent / "problem.py").read_text())
     found |= {node.name: node for node in problem.body if getattr(node, "name", "") in TEACHER}
     for node in (node for tree in found.values() for node in ast.walk(tree)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documented and ast.get_docstring(node):
             del node.body[0]
     text = "".join(ast.dump(found[name]) for name in sorted(found))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def arms(method: str) -> list[tuple]:
-    """(variant, backtrack, rate) of all rows of a method."""
+    """(variant, backtrack, rate) of all rows of a method, variants last."""
     module = importlib.import_module(f"toy2d.gallery.{method}")
     walking = [("", True, 1), ("", False, 2)] if module.BACKTRACK else []
-    return [("", False, 1), *walking, *((name, False, 1) for name in getattr(module, "VARIANTS", ()))]
+    variants = [(name, False, 1) for name in getattr(module, "VARIANTS", ())]
+    return [("", False, 1), *walking, *variants]
 
 
 def execute(out: Path, key: tuple) -> dict:
@@ -77,10 +79,10 @@ def execute(out: Path, key: tuple) -> dict:
     toy = Toy(seed, backtrack, rate, settings.pop("data", "ring"))
     if hasattr(module, "teacher"):
         module.teacher(toy)  # into the cache, so that it is no part of the run
-    began = time.perf_counter()
+    began, code = time.perf_counter(), version(method)
     with Count() as count:
         result = module.train(toy, **settings)
-    line = {**dict(zip(KEY, key)), "version": version(method), "torch": torch.__version__,
+    line = {**dict(zip(KEY, key)), "version": code, "torch": torch.__version__,
             "evals": count.evals, "seconds": round(time.perf_counter() - began, 1)}
     tensors = result.tensors
     if result.sample:
@@ -104,8 +106,8 @@ def read(file: Path) -> dict[tuple, dict]:
             lines[tuple(line[name] for name in KEY)] = line
         except json.JSONDecodeError:
             continue
-        except KeyError as error:
-            raise Refusal(f"{file} is of another version, it has no {error}: name another --out")
+        except (KeyError, TypeError) as error:
+            raise Refusal(f"{file} has lines of another kind: name another --out") from error
     return lines
 
 

@@ -10,7 +10,7 @@ problem, not only its size, is ours.
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy
 
 from toy2d.gallery.core import Result, Toy, update
 
@@ -25,11 +25,12 @@ class Student(nn.Module):
 
     def __init__(self, width: int = 48):
         super().__init__()
-        self.trunk = nn.GRU(BASE, width, batch_first=True)
+        self.digit = nn.Embedding(BASE, width)
+        self.trunk = nn.GRU(width, width, batch_first=True)
         self.label, self.rationale = nn.Linear(width, BASE), nn.Linear(width, BASE)
 
     def forward(self, digits: Tensor) -> tuple[Tensor, Tensor]:
-        states, _ = self.trunk(one_hot(digits, BASE).float())
+        states, _ = self.trunk(self.digit(digits))
         return self.label(states[:, -1]), self.rationale(states)
 
 

@@ -20,8 +20,7 @@ from toy2d.gallery.samplers import at
 from toy2d.gallery.vsd import Generator
 
 NAME, QUERIES, START, STEPS, BACKTRACK = "SwiftBrush", "S", "off", 1, True
-VARIANTS = {"from the copy": {"published": True},
-            "from the copy, fake unguided": {"published": True, "guide_fake": False}}
+VARIANTS = {"from the copy": {"published": True}, "fake unguided": {"guide_fake": False}}
 RANK = 16
 
 
