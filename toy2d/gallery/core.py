@@ -43,9 +43,9 @@ class Toy:
         weights = [weight for weight in net.parameters() if weight.requires_grad]
         return torch.optim.Adam(weights, lr * self.rate, (beta1, beta2), fused=True)
 
-    def steps(self, n: int, cost: float) -> int:
-        """n iterations that cost so much a sample; without a path, stage 1's cost in more."""
-        return n if self.backtrack else n + round(STAGE1 / cost)
+    def steps(self, n: int, cost: float, stage1: float = STAGE1) -> int:
+        """n iterations that cost so much a sample; without a path also what stage 1 would cost."""
+        return n if self.backtrack else n + round(stage1 / cost)
 
     def nets(self, draw: Callable, fake: nn.Module | None = None, interval: int = 10,
              **stage1: Callable) -> tuple[nn.Module, nn.Module, disback.PathScheduler]:
