@@ -25,11 +25,11 @@ class Toy:
 
     def __init__(self, seed: int, backtrack: bool = False, rate: float = 1.0, data: str = "ring"):
         torch.set_num_threads(1)
-        self.backtrack, self.rate, self.data = backtrack, rate, getattr(mixture, data)()
+        self.seed, self.backtrack, self.rate = seed, backtrack, rate
         self.config = problem.Config(data=data, sigma_data=1.0, sigma_min=LO, sigma_max=HI)
+        self.data, self.folder = getattr(mixture, data)(), tempfile.TemporaryDirectory()
         self.teacher = problem.trained_teacher(self.config, self.data)[0].requires_grad_(False)
         self.evaluate = metrics.Evaluation(self.data)
-        self.folder = tempfile.TemporaryDirectory()  # of the paths
         torch.manual_seed(seed)
 
     def sigma(self, n: int = BATCH) -> Tensor:

@@ -65,7 +65,7 @@ def train(toy: Toy, divergence: str = "JS") -> Result:
         ema.update_parameters(student)
         update(adam_fake, dsm(fake, x0.detach(), toy.sigma()))
         with torch.random.fork_rng():
-            torch.manual_seed(i)
+            torch.manual_seed(toy.seed * 10**6 + i)
             if switched:
                 real = node_samples(target) if walk.node else None
             some = toy.data.sample(BATCH) if real is None else real[torch.randint(4096, (BATCH,))]

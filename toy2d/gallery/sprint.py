@@ -20,7 +20,7 @@ VARIANTS = {"sCM alone": {"adv": 0.0}}
 
 @torch.no_grad()
 def tangent(net: nn.Module, x: Tensor, sigma: Tensor, d_teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """d = D(x, sigma) and J = dD / dlog sigma along the teacher's ODE, dx / dlog sigma = x - D_T."""
+    """d = D(x, sigma), and J = dD / dlog sigma along the ODE, where dx / dlog sigma = x - D_T."""
     return torch.func.jvp(lambda x, log_sigma: net(x, log_sigma.exp()), (x, sigma.log()),
                           (x - d_teacher, torch.ones_like(sigma)))
 
@@ -63,7 +63,7 @@ def train(toy: Toy, adv: float = 0.5, steps: int = 2000) -> Result:
         loss = scm(net, x, sigma, d_teacher, r=min(1, i / 200))
         if adv:
             with torch.random.fork_rng():
-                torch.manual_seed(i)
+                torch.manual_seed(toy.seed * 10**6 + i)
                 loss = loss + adv * adversarial(toy, net, critic, adam_critic)
         update(adam, loss)
     return Result(lambda z, _: one(net)(z), others={"in two steps": two(net)})
