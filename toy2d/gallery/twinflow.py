@@ -3,8 +3,7 @@
 Claim: one net F(x_s, s, s'), the mean velocity from s to s', needs neither teacher nor fake: its
 branch at -s learns the flow of its samples, and the branches' difference is VSD's gradient. Source:
 inclusionAI/TwinFlow tutorials/mnist/methodes.py. Asked: S, but of itself. Lost in 2D: memory.
-Differs from the tutorial: the fake branch draws fresh noise, as z again would couple its flow. The
-branch at s alone, trained for a while, stands for the pre-trained flow.
+Differs from the tutorial: the fake branch draws fresh noise, as z again would couple its flow.
 """
 
 import copy
@@ -64,7 +63,7 @@ def consistency(net: Flow, ema: Flow, x: Tensor, z: Tensor, s: Tensor, to: Tenso
 def train(toy: Toy, twin: bool = True, steps: int = 1500) -> Result:
     net = Flow()
     adam = toy.adam(net, 1e-3, 0.9, 0.99)
-    for _ in loop(steps, adam):
+    for _ in loop(steps, adam):  # the pre-trained flow
         update(adam, flow_loss(net, toy.data.sample(BATCH)))
     ema, adam = copy.deepcopy(net), toy.adam(net, 1e-3, 0.9, 0.99)
     for _ in loop(steps, adam):
