@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
         return
     if args.method == "all":
         run_all(args.out, file, args.seeds, args.jobs)
-    report.write(args.out, report_lines(file))
+    report.write(args.out, report_lines(file), METHODS)
 
 
 def run_all(out: Path, file: Path, seeds: int, jobs: int) -> None:
