@@ -18,7 +18,7 @@ VARIANTS = {"without reflow": {"reflow": False}}
 def train(toy: Toy, reflow: bool = True) -> Result:
     net, numbers = toy.copy(), {}
     others = {"the teacher in one step": lambda z, _: one(toy.teacher)(z),
-              "the teacher in 40 steps of Heun's": lambda z, _: ode(toy.teacher, HI * z, levels(40))}
+              "the teacher in 40 Heun steps": lambda z, _: ode(toy.teacher, HI * z, levels(40))}
     z, x0 = pairs(net)
     if reflow:
         numbers["straightness before"] = straightness(net, z, x0)

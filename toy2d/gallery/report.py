@@ -50,7 +50,7 @@ def reference(rows: dict) -> list[str]:
 
 def plane(rows: dict, methods: list[str]) -> list[str]:
     """A row for every method whose world is the plane, and one for each of its variants."""
-    table = ["Median (least to most; number of seeds) of the SWD; the other columns are medians.", "",
+    table = ["Of the SWD: median (least to most; number of seeds). Other columns are medians.", "",
              "| method | start | teacher asked at | steps | SWD | mode TV | off-mode | evals, M | "
              "backtracked: SWD | evals, M | wins | plain at twice the rates: SWD |",
              "|---|---|---|---|---|---|---|---|---|---|---|---|"]
