@@ -1,7 +1,7 @@
 """DistillSpec (arXiv 2310.08461, Section 3), an analogue: tokens are addresses of points.
 
 Claim: distil a draft q towards the target p on the draft's own prefixes, and speculative decoding
-accepts more tokens, 1 - TV(p, q). Asked: -, as p is exact everywhere; --backtrack is ours: p becomes
+accepts more tokens, 1 - TV(p, q). Asked: -, p is exact everywhere. --backtrack is ours: p becomes
 (1 - l) p + l q_start, l from 0.9 to 0. A token is a step down a quadtree of 32 x 32 bins: letter t
 leads from node i, a prefix, to node 4 i + 1 + t, and 0 is the root. Lost: cost, the reason for the
 draft's prefixes. The problem, not only its size, is ours."""

@@ -11,6 +11,8 @@ from runtime import files
 from runtime.plots import DATA, STUDENT, TARGET, plt, save
 from toy2d import metrics, mixture
 
+BEGIN, END = "<!-- the table -->", "<!-- its end -->"
+
 
 def write(out: Path, lines: list[dict], methods: tuple[str, ...]) -> None:
     """Both files, of all the lines there are; methods without one are left out."""
@@ -21,6 +23,10 @@ def write(out: Path, lines: list[dict], methods: tuple[str, ...]) -> None:
         rows.setdefault(key, []).append(line)
     text = "\n".join([*reference(rows), "", *plane(rows, done), "", *analogues(rows, done), ""])
     files.atomically(out / "table.md", lambda beside: beside.write_text(text))
+    if (page := out / "README.md").exists():  # the committed lines' own page shows the table
+        before, _, rest = page.read_text().partition(BEGIN)
+        whole = before + BEGIN + "\n\n" + text + "\n" + END + rest.partition(END)[2]
+        files.atomically(page, lambda beside: beside.write_text(whole))
     draw(out, rows, done)
 
 
