@@ -1,0 +1,86 @@
+"""Nineteen ways to one step. METHOD runs one of them and prints its line; `all` runs what the
+lines lack; then, as `table` does, it writes table.md and gallery.png from the lines alone."""
+
+import argparse
+import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+from tqdm import tqdm
+
+from disback import Refusal
+from runtime import cli
+from runtime.study import appending, follow_parent
+from toy2d.gallery import conditional, report
+from toy2d.gallery.core import Toy
+from toy2d.gallery.runs import METHODS, arms, execute, fresh, read
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("toy2d.gallery", description=__doc__, allow_abbrev=False)
+    parser.error = cli.refuse
+    parser.add_argument("method", choices=(*METHODS, "all", "table"), metavar="METHOD",
+                        help=" | ".join((*METHODS, "all", "table")))
+    parser.add_argument("--variant", default="", metavar="NAME", help="another row of a method")
+    arm = parser.add_mutually_exclusive_group()
+    arm.add_argument("--backtrack", action="store_true", help="the target walks; the plain row has "
+                     "as many evaluations")
+    arm.add_argument("--double", action="store_true", help="plain, at twice the learning rates")
+    parser.add_argument("--seed", type=int, default=0, help="of one run (0)")
+    parser.add_argument("--seeds", type=int, default=5, help="of `all`, from 0 on (5)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (all cores)")
+    parser.add_argument("--out", type=Path, default=Path("runs/gallery"), help="folder of lines "
+                        "(runs/gallery)")
+    args = parser.parse_args(argv)
+    if not (0 <= args.seed < 2**63 and args.seeds >= 1 and args.jobs >= 1):
+        cli.refuse("--seed must be at least 0, --seeds and --jobs at least 1")
+    file = args.out / "lines.jsonl"
+    if args.method in METHODS:
+        arm = args.variant, args.backtrack, 2 if args.double else 1
+        if arm not in arms(args.method):
+            rows = sorted({name for name, *_ in arms(args.method)} - {""})
+            cli.refuse(f"{args.method} has no such row; it has --backtrack and --double only where "
+                       f"its target can walk, and these variants: {', '.join(rows) or 'none'}")
+        with appending(file) as append:
+            line = execute(args.out, (args.method, *arm, args.seed))
+            append(line)
+        print(json.dumps(line))
+        return
+    if args.method == "all":
+        run_all(args.out, file, args.seeds, args.jobs)
+    report.write(args.out, report_lines(file), METHODS)
+
+
+def run_all(out: Path, file: Path, seeds: int, jobs: int) -> None:
+    """Run what has no line of the present code, seed by seed."""
+    with appending(file) as append:
+        conditional.teacher(Toy(0))  # both teachers, before the workers ask for them
+        lines = read(file)
+        keys = [(method, *arm, seed) for seed in range(seeds) for method in METHODS
+                for arm in arms(method)]
+        keys.sort(key=lambda key: key[1] != "")  # variants last
+        todo = [key for key in keys if not fresh(lines.get(key))]
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), follow_parent) as pool:
+            futures = [pool.submit(execute, out, key) for key in todo]
+            try:
+                for future in tqdm(as_completed(futures), "runs", len(todo), smoothing=0.02):
+                    append(future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def report_lines(file: Path) -> list[dict]:
+    """All lines of the present code; a run that has none but of another version is refused."""
+    lines = read(file).values()
+    stale = sorted({line["method"] for line in lines if not fresh(line)})
+    if stale or not lines:
+        raise Refusal(f"{file} has no lines of this version" + (f" of {', '.join(stale)}: " if stale
+                      else ": ") + f"python -m toy2d.gallery all --out {file.parent} makes them")
+    return list(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)

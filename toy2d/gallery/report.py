@@ -1,0 +1,185 @@
+"""table.md and gallery.png, from the lines alone."""
+
+import importlib
+import statistics
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from runtime import files
+from runtime.plots import DATA, STUDENT, TARGET, plt, save
+from toy2d import metrics, mixture
+
+BEGIN, END = "<!-- the table -->", "<!-- its end -->"
+
+
+def write(out: Path, lines: list[dict], methods: tuple[str, ...]) -> None:
+    """Both files, of all the lines there are; methods without one are left out."""
+    done = [name for name in methods if any(line["method"] == name for line in lines)]
+    rows = {}  # the lines of a row by (method, variant, backtrack, rate), in the order of seeds
+    for line in sorted(lines, key=lambda line: line["seed"]):
+        key = tuple(line[name] for name in ("method", "variant", "backtrack", "rate"))
+        rows.setdefault(key, []).append(line)
+    text = "\n".join([*reference(rows), "", *plane(rows, done), "", *analogues(rows, done), ""])
+    files.atomically(out / "table.md", lambda beside: beside.write_text(text))
+    if (page := out / "README.md").exists():  # the committed lines' own page shows the table
+        before, _, rest = page.read_text().partition(BEGIN)
+        whole = before + BEGIN + "\n\n" + text + "\n" + END + rest.partition(END)[2]
+        files.atomically(page, lambda beside: beside.write_text(whole))
+    draw(out, rows, done)
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """Median, least and most, and how many."""
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f}; {len(values)})"
+
+
+def of(lines: list[dict], name: str) -> list[float]:
+    return [line[name] if name in line else line["numbers"][name] for line in lines]
+
+
+def reference(rows: dict) -> list[str]:
+    """What the numbers are to be compared with."""
+    data = mixture.ring()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        evaluate = metrics.Evaluation(data)
+        floors = [evaluate.of(data.sample(evaluate.samples))["swd"] for _ in range(20)]
+    found = [f"another set of data: SWD {spread(floors)}"]
+    for line in rows.get(("instaflow", "", False, 1), ())[:1]:
+        found += [f"{name}: SWD {value:.3f}" for name, value in line["numbers"].items()
+                  if name.startswith("the teacher")]
+    return [f"- {text}" for text in found]
+
+
+def plane(rows: dict, methods: list[str]) -> list[str]:
+    """A row for every method whose world is the plane, and one for each of its variants."""
+    table = ["Of the SWD: median (least to most; number of seeds). Other columns are medians.", "",
+             "| method | start | teacher asked at | steps | SWD | mode TV | off-mode | evals, M | "
+             "backtracked: SWD | evals, M | wins | plain at twice the rates: SWD |",
+             "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    for method in methods:
+        module = importlib.import_module(f"toy2d.gallery.{method}")
+        if hasattr(module, "CLAIM"):
+            continue
+        for variant in ("", *getattr(module, "VARIANTS", ())):
+            lines = rows.get((method, variant, False, 1))
+            if lines:
+                name = module.NAME if not variant else f"… {variant}"
+                cells = [name, module.START, module.QUERIES, str(module.STEPS), *numbers(lines)]
+                cells += walked(rows, method, lines) if not variant else 4 * [""]
+                table.append(f"| {' | '.join(cells)} |")
+    return table
+
+
+def numbers(lines: list[dict]) -> list[str]:
+    return [spread(of(lines, "swd")),
+            *(f"{statistics.median(of(lines, name)):.2f}" for name in ("mode_tv", "off_mode")),
+            f"{statistics.median(of(lines, 'evals')) / 1e6:.1f}"]
+
+
+def walked(rows: dict, method: str, plain: list[dict]) -> list[str]:
+    """The cells of the other two arms; a win is a lower SWD on the same seed."""
+    back, double = rows.get((method, "", True, 1)), rows.get((method, "", False, 2))
+    if not back:
+        return 4 * [""]
+    theirs = {line["seed"]: line["swd"] for line in plain}
+    pairs = [line["swd"] < theirs[line["seed"]] for line in back if line["seed"] in theirs]
+    return [spread(of(back, "swd")), f"{statistics.median(of(back, 'evals')) / 1e6:.1f}",
+            f"{sum(pairs)} of {len(pairs)}", spread(of(double, "swd")) if double else ""]
+
+
+def analogues(rows: dict, methods: list[str]) -> list[str]:
+    """The methods whose world is not a point cloud."""
+    table = ["| analogue | claim: without → with (check) | without | with | check |",
+             "|---|---|---|---|---|"]
+    for method in methods:
+        module = importlib.import_module(f"toy2d.gallery.{method}")
+        if not hasattr(module, "CLAIM"):
+            continue
+        for back, rate in ((False, 1), (True, 1), (False, 2)):
+            if lines := rows.get((method, "", back, rate)):
+                arm = ", backtracked" * back + ", twice the rate" * (rate == 2)
+                cells = [module.NAME + arm, module.CLAIM]
+                cells += [spread(of(lines, name)) for name in ("without", "with", "check")]
+                table.append(f"| {' | '.join(cells)} |")
+    return table
+
+
+def draw(out: Path, rows: dict, methods: list[str]) -> None:
+    """A square a method: grey the data, blue the student, orange the backtracked one beside it."""
+    figure, axes = plt.subplots(5, 4, figsize=(12, 9.4), layout="constrained")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        points = mixture.ring().sample(1500)
+    special = {"hipa": signal, "distillspec": acceptance, "pvd": fields, "stepbystep": examples}
+    for axis, method in zip(axes.flat, methods):
+        module = importlib.import_module(f"toy2d.gallery.{method}")
+        axis.set_title(module.NAME, fontsize=9)
+        if method in special:
+            special[method](axis, out, rows)
+        else:
+            clouds(axis, out, method, points)
+    for axis in axes.flat[len(methods):]:
+        axis.set_axis_off()
+    figure.suptitle("One seed. Grey: data.  Blue: the student.  Orange, to its right: backtracked")
+    save(figure, out / "gallery.png")
+
+
+def clouds(axis: plt.Axes, out: Path, method: str, points: torch.Tensor) -> None:
+    for i, (suffix, color) in enumerate((("", STUDENT), ("-backtrack", TARGET))):
+        file = out / "clouds" / f"{method}{suffix}.safetensors"
+        if file.exists():
+            shift = torch.tensor([6.6 * i, 0.0])
+            axis.plot(*(points + shift).T, ".", color=DATA, markersize=1)
+            axis.plot(*(load_file(file)["x"] + shift).T, ".", color=color, markersize=0.8)
+    axis.set(xlim=(-3.3, 9.9), ylim=(-3.3, 3.3), xticks=[], yticks=[], aspect="equal")
+
+
+def first(rows: dict, *key: object) -> dict:
+    return rows[key][0]["numbers"] if key in rows else {}
+
+
+def signal(axis: plt.Axes, out: Path, rows: dict) -> None:
+    found = first(rows, "hipa", "", False, 1)
+    names = ("one step", "squares", "patched", "many steps")
+    for shift, wave, color in ((-0.2, "low", DATA), (0.2, "high", STUDENT)):
+        axis.bar([i + shift for i in range(4)], [found[f"{wave}, {name}"] for name in names], 0.4,
+                 color=color, label=wave)
+    axis.set_xticks(range(4), ("one step", "L2 patch", "+ high", "many"), fontsize=7)
+    axis.set_ylabel("amplitude", fontsize=8)
+    axis.legend(fontsize=7)
+
+
+def acceptance(axis: plt.Axes, out: Path, rows: dict) -> None:
+    names = ("without", "FKL", "RKL", "JSD", "TVD")
+    for shift, back, color in ((-0.2, False, STUDENT), (0.2, True, TARGET)):
+        found = first(rows, "distillspec", "", back, 1)
+        if found:
+            axis.bar([i + shift for i in range(5)], [found[name] for name in names], 0.4,
+                     color=color)
+    axis.set_xticks(range(5), ("before", *names[1:]), fontsize=7)
+    axis.set(ylim=(0.85, 1))
+    axis.set_ylabel("acceptance", fontsize=8)
+
+
+def fields(axis: plt.Axes, out: Path, rows: dict) -> None:
+    found = load_file(out / "clouds" / "pvd.safetensors")
+    both = [found[name].view(48, 48).T for name in ("from rays", "distilled")]
+    axis.imshow(torch.cat(both, dim=1), origin="lower", cmap="magma", vmax=found["distilled"].max())
+    axis.set(xticks=[12, 36], yticks=[])
+    axis.set_xticklabels(("from rays", "distilled"), fontsize=7)
+
+
+def examples(axis: plt.Axes, out: Path, rows: dict) -> None:
+    found = first(rows, "stepbystep", "", False, 1)
+    for task, color in (("label", DATA), ("rationale", STUDENT)):
+        axis.plot((100, 400, 1600), [found[f"{task}, {n}"] for n in (100, 400, 1600)], "o-",
+                  color=color, label={"label": "label only", "rationale": "with rationale"}[task])
+    axis.set_xscale("log")
+    axis.set_xticks((100, 400, 1600), ("100", "400", "1600"), fontsize=7)
+    axis.minorticks_off()
+    axis.set_ylabel("accuracy", fontsize=8)
+    axis.legend(fontsize=7)
