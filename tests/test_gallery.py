@@ -319,6 +319,15 @@ def test_phased_dmds_loss_is_least_at_that_denoiser_and_from_level_0_is_score_ma
     torch.testing.assert_close(mine, core.dsm(exact(0.3, 0.7), x0, sigma))
 
 
+def test_phased_dmds_weight_takes_back_what_explodes():
+    """For a network that answers x_b the error is b^2 / s eps, and its weight lambda s^2 / sigma^2."""
+    torch.manual_seed(0)
+    xb, b, s = torch.zeros(200_000, 1).double(), 1.0, torch.tensor(0.01, dtype=torch.float64)
+    loss = phased.subinterval_loss(lambda x, sigma: 0 * x, xb, s, b=b).item()
+    sigma2 = b**2 + 0.01**2
+    assert loss == pytest.approx((sigma2 + 1) / sigma2 * b**4 / sigma2, rel=0.02)
+
+
 def test_flash_dmd_gives_each_level_one_loss():
     torch.manual_seed(0)
     net, critic = model.Denoiser(8, 1, 1.0), fdistill.Critic()
