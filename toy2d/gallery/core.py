@@ -75,7 +75,7 @@ class Result:
 
 def degrade(toy: Toy, draw: Callable, net: nn.Module, loss: Callable | None = None,
             pack: Callable = nn.Module.state_dict,
-            load: Callable = disback.load_node) -> disback.DegradationPath:
+            load: Callable | None = None) -> disback.DegradationPath:
     """Stage 1: train `net` in place on samples draw(n) -> (x0, cond), and record 10 nodes."""
     draw, adam, sigma = torch.no_grad()(draw), toy.adam(net, 2e-3), toy.sigma()
     (x0, cond), folder = draw(BATCH), tempfile.mkdtemp(dir=toy.folder.name)
