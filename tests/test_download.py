@@ -143,6 +143,6 @@ def test_a_checkpoint_of_another_network_in_the_cache_is_to_be_removed(tmp_path,
     file = tmp_path / "edm-imagenet-64x64-cond-adm.pkl"
     file.write_bytes(FIXTURE.read_bytes())
     monkeypatch.setitem(problem.NETWORKS, "imagenet", problem.NETWORKS["digits"])  # for speed
-    with pytest.raises(disback.Refusal, match=f"{file} does not hold this network: remove it"):
+    with pytest.raises(disback.Refusal, match=f"{file} does not hold this network: remove {file}"):
         make(problem, "full")
     assert [*tmp_path.iterdir()] == [file]

@@ -1,13 +1,10 @@
 """A run's folder: whose files go, who may use it at a time, and what is refused before any work."""
 
 import json
-import os
 import shutil
-import signal
 import stat
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -217,8 +214,7 @@ def test_compiling_without_a_compiler_is_refused_at_once(capsys, monkeypatch):
 def test_an_interrupt_outside_the_loops_ends_in_a_line(capsys, monkeypatch, where, said):
     def main(argv):
         with where:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "argv", ["stage.py"])
     with pytest.raises(SystemExit) as ended:

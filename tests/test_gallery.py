@@ -320,7 +320,11 @@ def test_phased_dmds_loss_is_least_at_that_denoiser_and_from_level_0_is_score_ma
 
 
 def test_phased_dmds_weight_takes_back_what_explodes():
+<<<<<<< HEAD
     """For a network that answers x_b the error is b^2 / s eps, its weight lambda s^2 / sigma^2."""
+=======
+    """A network that answers x_b errs by b^2 / s eps; the weight is lambda s^2 / sigma^2."""
+>>>>>>> gallery
     torch.manual_seed(0)
     xb, b, s = torch.zeros(200_000, 1).double(), 1.0, torch.tensor(0.01, dtype=torch.float64)
     loss = phased.subinterval_loss(lambda x, sigma: 0 * x, xb, s, b=b).item()
@@ -502,16 +506,22 @@ def test_hyper_sds_step_is_the_samplers(nets):
         torch.testing.assert_close(mine, samplers.ode(teacher, x, pair))
 
 
-def test_a_gaussians_consistency_function_nearly_solves_hyper_sd():
+@pytest.mark.parametrize("segments", [1, 8])
+def test_a_gaussians_exact_jumps_nearly_solve_hyper_sd(segments):
     m, tau = 0.4, 0.7
 
     def f(x, sigma):
-        return m + tau * (x - m) / (tau**2 + sigma**2).sqrt()
+        """The answer whose DDIM step to the segment's end is where the ODE leads."""
+        n = (hypersd.GRID - sigma).abs().argmin(dim=1, keepdim=True)
+        end = hypersd.GRID[hypersd.segment_end(n, segments)]
+        there = m + (x - m) * ((tau**2 + end**2) / (tau**2 + sigma**2)).sqrt()
+        return (there - end / sigma * x) / (1 - end / sigma)
 
     torch.manual_seed(0)
-    x0 = m + tau * torch.randn(512, 2)
-    right = hypersd.consistency(f, exact(m, tau), x0, 1)
-    assert right < 1e-3 < hypersd.consistency(lambda x, s: f(x, s) * 1.1, exact(m, tau), x0, 1)
+    x0 = m + tau * torch.randn(2048, 2)
+    losses = [hypersd.consistency(net, exact(m, tau), x0, segments) for net in (
+        f, lambda x, sigma: f(x, sigma) * 1.1)]
+    assert losses[0] < 1e-2 * losses[1]
 
 
 def test_twinflows_rectification_is_vsd_of_weight_1_plus_sigma_over_sigma(monkeypatch):
