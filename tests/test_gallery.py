@@ -320,11 +320,7 @@ def test_phased_dmds_loss_is_least_at_that_denoiser_and_from_level_0_is_score_ma
 
 
 def test_phased_dmds_weight_takes_back_what_explodes():
-<<<<<<< HEAD
-    """For a network that answers x_b the error is b^2 / s eps, its weight lambda s^2 / sigma^2."""
-=======
     """A network that answers x_b errs by b^2 / s eps; the weight is lambda s^2 / sigma^2."""
->>>>>>> gallery
     torch.manual_seed(0)
     xb, b, s = torch.zeros(200_000, 1).double(), 1.0, torch.tensor(0.01, dtype=torch.float64)
     loss = phased.subinterval_loss(lambda x, sigma: 0 * x, xb, s, b=b).item()

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from disback import Refusal
-from runtime import cli
+from runtime import command
 from runtime.study import appending, follow_parent
 from toy2d.gallery import conditional, report
 from toy2d.gallery.core import Toy
@@ -20,7 +20,7 @@ from toy2d.gallery.runs import METHODS, arms, execute, fresh, read
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("toy2d.gallery", description=__doc__, allow_abbrev=False)
-    parser.error = cli.refuse
+    parser.error = command.refuse
     parser.add_argument("method", choices=(*METHODS, "all", "table"), metavar="METHOD",
                         help=" | ".join((*METHODS, "all", "table")))
     parser.add_argument("--variant", default="", metavar="NAME", help="another row of a method")
@@ -35,14 +35,14 @@ def main(argv: list[str]) -> None:
                         "(runs/gallery)")
     args = parser.parse_args(argv)
     if not (0 <= args.seed < 2**63 and args.seeds >= 1 and args.jobs >= 1):
-        cli.refuse("--seed must be at least 0, --seeds and --jobs at least 1")
+        command.refuse("--seed must be at least 0, --seeds and --jobs at least 1")
     file = args.out / "lines.jsonl"
     if args.method in METHODS:
         arm = args.variant, args.backtrack, 2 if args.double else 1
         if arm not in arms(args.method):
             rows = sorted({name for name, *_ in arms(args.method)} - {""})
-            cli.refuse(f"{args.method} has no such row; it has --backtrack and --double only where "
-                       f"its target can walk, and these variants: {', '.join(rows) or 'none'}")
+            command.refuse(f"{args.method} has no such row; --backtrack and --double are only where "
+                           f"its target can walk, and these variants: {', '.join(rows) or 'none'}")
         with appending(file) as append:
             line = execute(args.out, (args.method, *arm, args.seed))
             append(line)
@@ -83,4 +83,4 @@ def report_lines(file: Path) -> list[dict]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)
