@@ -118,11 +118,12 @@ def test_the_walk_visits_all_nodes_and_ends_with_the_teachers_own_weights(toy):
     assert torch.equal(weights(target), weights(setting.teacher))
 
 
-def test_an_iteration_changes_student_and_fake_as_one_of_the_stages(toy, monkeypatch):
+def test_iterations_change_student_and_fake_as_those_of_the_stage(toy, monkeypatch):
+    """Two: in the first the fake is the teacher still, and the student's gradient 0."""
     import backtrack
 
     setting, kept = toy(0), {}
-    monkeypatch.setattr(vsd, "loop", lambda steps, *adams: range(1))
+    monkeypatch.setattr(vsd, "loop", lambda steps, *adams: range(2))
     nets, average = core.Toy.nets, core.average
     monkeypatch.setattr(core.Toy, "nets", lambda *args: kept.setdefault("nets", nets(*args)))
     monkeypatch.setattr(vsd, "average", lambda net: average(kept.setdefault("student", net)))
@@ -139,8 +140,9 @@ def test_an_iteration_changes_student_and_fake_as_one_of_the_stages(toy, monkeyp
     args = types.SimpleNamespace(fake_init="teacher", target="teacher", accumulate=1, shard=False,
                                  compile=False)
     stage = backtrack.Networks(args, made, None)
-    samples, _ = stage.update_student()
-    stage.update_fake(samples)
+    for _ in range(2):
+        samples, _ = stage.update_student()
+        stage.update_fake(samples)
     torch.testing.assert_close(weights(kept["student"]), weights(stage.student))
     torch.testing.assert_close(weights(kept["nets"][1]), weights(stage.fake))
 
