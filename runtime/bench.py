@@ -219,7 +219,8 @@ def report(bench: Bench, argv: Sequence[str], settings: list, compiled: bool, ev
     for row in max(columns, key=len):
         print(f"{row:40}" + "".join(f"{column[row]:>12}" for column in columns))
     if any(float(column.get("the rest, ms", "0").replace(",", "")) < 0 for column in columns):
-        print("The rest is below 0 where parts took longer alone than together: that is the noise.")
+        print("the rest is below 0 where parts took longer alone than together, which is noise",
+              file=sys.stderr)
 
 
 def profile(bench: Bench, argv: Sequence[str], most: int = 15) -> None:

@@ -98,7 +98,7 @@ def test_torchrun_starts_the_ranks_and_one_of_them_draws_the_figures(recorded, a
                          OMP_NUM_THREADS="1").ended()
     assert code == 0, said
     assert_same_run(tmp_path, alone)
-    assert len(list((tmp_path / "figures").iterdir())) == 4
+    assert len(list((tmp_path / "figures").iterdir())) == 6
 
 
 def test_one_rank_that_accumulates_has_the_same_gradients_and_learns_the_same(

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
         arm = args.variant, args.backtrack, 2 if args.double else 1
         if arm not in arms(args.method):
             rows = sorted({name for name, *_ in arms(args.method)} - {""})
-            command.refuse(f"{args.method} has no such row: --backtrack and --double are only where "
+            command.refuse(f"{args.method} has no such row: --backtrack and --double are where "
                            f"its target can walk; its variants: {', '.join(rows) or 'none'}")
         with appending(file) as append:
             line = execute(args.out, (args.method, *arm, args.seed))
