@@ -3,7 +3,7 @@ the student's folder for diffusers and the hub."""
 
 import argparse
 import os
-import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -160,20 +160,20 @@ def export(out: Path, folder: Path, rank: int, **about) -> None:
     file = out / "student.safetensors"
     unet = model.merged(folder, file, rank) if rank else model.load_unet(config, file)
     unet.register_to_config(_name_or_path="")  # no path of this machine goes to the hub
-    beside = out / ".student"
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        with files.blame(f"cannot write {out}/student: make room, then backtrack.py --resume"):
-            unet.save_pretrained(beside / "unet", max_shard_size="12GB")
-            LCMScheduler.from_pretrained(folder, subfolder="scheduler").save_pretrained(
-                beside / "scheduler")
-            torch.save(unet.state_dict(), beside / WEIGHTS)
-            files.save_json(beside / ABOUT, about)
-            (beside / "README.md").write_text(card(**about))
-            shutil.rmtree(out / "student", ignore_errors=True)
-            os.replace(beside, out / "student")
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with files.blame(f"cannot write {out}/student: make room, then backtrack.py --resume"), \
+            tempfile.TemporaryDirectory(files.UNFINISHED, ".student.", out) as folder_beside:
+        beside = Path(folder_beside)
+        unet.save_pretrained(beside / "unet", max_shard_size="12GB")
+        LCMScheduler.from_pretrained(folder, subfolder="scheduler").save_pretrained(
+            beside / "scheduler")
+        torch.save(unet.state_dict(), beside / WEIGHTS)
+        files.save_json(beside / ABOUT, about)
+        (beside / "README.md").write_text(card(**about))
+        for made in [made for made in beside.rglob("*") if made.is_file()]:
+            target = out / "student" / made.relative_to(beside)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.chmod(made, 0o666 & ~files.UMASK)  # safetensors leaves 0600
+            os.replace(made, target)  # one by one: what a user keeps there stays
 
 
 def card(base: str | None, timestep: int, size: int) -> str:

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import stat
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -325,9 +326,12 @@ def test_the_student_of_a_run_that_is_replaced_is_removed_and_what_is_beside_it_
         base, tmp_path):
     files.save_json(tmp_path / "config.json", {"backtrack": {"problem": "sdxl"}})
     shutil.copy(base / UNET, tmp_path / "student.safetensors")
-    generate.export(tmp_path, base, 0, base="", timestep=1, size=8)
-    (tmp_path / "student.safetensors").unlink()
     files.save_json(tmp_path / "student" / "mine.json", {})
+    for _ in range(2):  # the figures of a finished run may be drawn again
+        generate.export(tmp_path, base, 0, base="", timestep=1, size=8)
+    (tmp_path / "student.safetensors").unlink()
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "student").rglob("*.*")
+            if file.is_file()} == {0o666 & ~files.UMASK}
     made = SimpleNamespace(config=problem.TINY)
     args = SimpleNamespace(out=tmp_path, problem="sdxl", preset="tiny", seed=0, overwrite=False,
                            resume=False, accumulate=1, shard=False, compile=False,
