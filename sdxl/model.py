@@ -97,17 +97,17 @@ def load_part(kind: type, folder: Path, part: str) -> nn.Module:
     found, variant = layout.weights(folder, part)
     with files.blame(f"{found[0] if len(found) == 1 else folder / part} does not hold this "
                      f"{kind.__name__}: {files.remedy(folder, 'fetch it again')}"):
-        net, report = kind.from_pretrained(folder / part, variant=variant, dtype=torch.float32,
-                                           use_safetensors=True, output_loading_info=True)
-        if any(report.values()):
-            raise ValueError(", ".join(f"{what}: {sorted(names)[:2]}"
-                                       for what, names in report.items() if names))
         for file in found:
             held = safe_open(file, "pt")
             types = {name: held.get_slice(name).get_dtype() for name in held.keys()}  # noqa: SIM118
             for name, dtype in types.items():
                 if not dtype.startswith(("F", "BF")) and not name.endswith("position_ids"):
                     raise ValueError(f"{name} is of type {dtype}")
+        net, report = kind.from_pretrained(folder / part, variant=variant, dtype=torch.float32,
+                                           use_safetensors=True, output_loading_info=True)
+        if any(report.values()):
+            raise ValueError(", ".join(f"{what}: {sorted(names)[:2]}"
+                                       for what, names in report.items() if names))
         if broken := [name for name, w in net.state_dict().items() if not w.isfinite().all()]:
             raise ValueError(f"not finite: {', '.join(broken)}")
     return net.eval()
