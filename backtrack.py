@@ -3,7 +3,6 @@ along the recorded path, from the node before the last to the teacher."""
 
 import copy
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import disback
 from runtime import cli, command, files, place, ranks, results
 from runtime.folder import open_path
 from runtime.interface import Problem
-from runtime.ranks import optimizer
+from runtime.optimizers import adamw, decaying
 from runtime.run import Run
 
 FLAGS = dict(
@@ -47,17 +46,11 @@ class Networks:
         self.guided = functools.partial(problem.guide, self.target)
         self.share = functools.partial(ranks.share, self.config.batch, args.accumulate)
         self.adams = {
-            "student": optimizer(self.student, self.config, self.config.lr_student, problem.clip),
-            "fake": optimizer(self.fake, self.config, self.config.lr_fake, problem.clip)}
+            "student": adamw(self.student, self.config, self.config.lr_student, problem.clip),
+            "fake": adamw(self.fake, self.config, self.config.lr_fake, problem.clip)}
         self.rates = {
-            "student": self.decaying(self.adams["student"], 1),
-            "fake": self.decaying(self.adams["fake"], self.config.fake_updates)}
-
-    def decaying(self, adam: torch.optim.Optimizer, updates: int) -> Any:
-        """The learning rate's schedule, of an optimizer with so many updates an iteration."""
-        cosine, steps = self.config.decay == "cosine", self.config.backtrack_steps
-        return torch.optim.lr_scheduler.LambdaLR(adam, lambda update: (
-            1 + math.cos(math.pi * (update // updates) / steps)) / 2 if cosine else 1.0)
+            "student": decaying(self.adams["student"], self.config),
+            "fake": decaying(self.adams["fake"], self.config, self.config.fake_updates)}
 
     def update_student(self) -> tuple[list[tuple], Tensor]:
         """One update by Eq. 8; the samples (x0, cond) in parts, and their mismatch degree."""

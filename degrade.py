@@ -73,7 +73,7 @@ class Recorder:
 
 
 def main(argv: list[str]) -> None:
-    from runtime import cli, files, place, ranks, results
+    from runtime import cli, files, optimizers, place, ranks, results
     from runtime.run import Run
 
     args, problem = cli.start("degrade", __doc__, argv)
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
     degraded = copy.deepcopy(problem.teacher)  # s'_theta, which forgets on the way to the student
     for net in (problem.teacher, problem.student, degraded):
         place.ready(net, args, problem.blocks)
-    adam = ranks.optimizer(degraded, config, config.lr_degrade, problem.clip)
+    adam = optimizers.adamw(degraded, config, config.lr_degrade, problem.clip)
 
     def draw(cut: Callable) -> list[tuple]:
         """A batch of the student's samples in the parts (x0, sigma, cond, eps) that `cut` makes."""

@@ -14,7 +14,7 @@ from torch.nn.functional import one_hot
 from tqdm import trange
 
 import disback
-from imagenet64 import digits, download, edm, features, figures, frechet, pickles
+from imagenet64 import digits, download, edm, features, frechet, pickles
 from runtime import files, interface
 from runtime.interface import setting
 
@@ -77,6 +77,8 @@ def make(config: Config, seed: int = 0,
 def assemble(config: Config, seed: int, device: torch.device | str, teacher: edm.Denoiser,
              teacher_sha256: str, evaluate: "Evaluation | None") -> interface.Problem:
     """The problem of a teacher."""
+    from imagenet64 import figures  # loads matplotlib, which --help does without
+
     network = NETWORKS[config.images]
     torch.manual_seed(seed)
     student = copy.deepcopy(teacher) if config.start == "teacher" else edm.Denoiser(**network)

@@ -1,7 +1,6 @@
 """torchrun's ranks: each computes its part of one global batch, and gradients are averaged."""
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from disback import Refusal
 from runtime.place import is_sharded
@@ -87,24 +86,12 @@ def mean_over_ranks(numbers: Tensor) -> Tensor:
 
 def average_gradients(optimizer: torch.optim.Optimizer) -> None:
     """The mean over the ranks, once an update. FSDP2 averages those of shards by itself."""
+    if world_size() == 1:
+        return
     grads = [p.grad for group in optimizer.param_groups for p in group["params"]
              if p.grad is not None and not is_sharded(p.grad)]
-    if world_size() == 1 or not grads:
+    if not grads:
         return
     torch._foreach_div_(grads, world_size())
     for work in [dist.all_reduce(grad, async_op=True) for grad in grads]:
         work.wait()
-
-
-def optimizer(net: nn.Module, config: Any, lr: float, clip: float) -> torch.optim.AdamW:
-    """AdamW, whose gradients are averaged over the ranks and cut to the norm `clip` at a step."""
-    adam = torch.optim.AdamW(net.parameters(), lr=lr, betas=(config.beta1, config.beta2),
-                             weight_decay=config.weight_decay, fused=True)
-
-    def before(*_: Any) -> None:
-        average_gradients(adam)
-        if clip < math.inf:
-            nn.utils.clip_grad_norm_(net.parameters(), clip)
-
-    adam.register_step_pre_hook(before)
-    return adam

@@ -9,12 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import state_dict as dcp
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from disback import Refusal, load_strictly
-from runtime import files, ranks
+from runtime import files, place, ranks
 from runtime.folder import claim, cut_log, must_agree, what_matters
 from runtime.interface import Problem
 from runtime.signals import asked_to_stop, heeding_signals
@@ -100,7 +98,9 @@ class Run:
 
     def save(self) -> None:
         """Write all that a resumed run needs. What is not finite never replaces what was good."""
-        sharded = any(isinstance(net, FSDPModule) for net in self.nets.values())
+        from torch.distributed.checkpoint import state_dict as dcp  # takes seconds
+
+        sharded = any(place.is_sharded(p) for net in self.nets.values() for p in net.parameters())
         options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=sharded)
         state = {"step": self.step, "since": self.since, "sums": self.sums,
                  "seconds": self.seconds, "settings": self.settings, "random": random_state(),
@@ -119,6 +119,8 @@ class Run:
     def restore(self) -> None:
         """Go back to the last checkpoint, which any number of ranks can read; cut later lines and a
         torn one from the log, and remove what a kill left half written."""
+        from torch.distributed.checkpoint import state_dict as dcp
+
         with files.blame(f"{self.state} is not a checkpoint of this run: name another --out"):
             state = torch.load(self.state, map_location="cpu", weights_only=True, mmap=True)
             must_agree(self.state, state["settings"], self.settings)

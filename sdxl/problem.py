@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import disback
 from runtime import files, interface, ranks
 from runtime.interface import setting
-from sdxl import figures, generate, layout, memory, model, text, tiny
+from sdxl import generate, layout, memory, model, text, tiny
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,8 @@ def make(config: Config, seed: int = 0,
 
     The prompts' embeddings are cached on first use; the model is found by `sdxl.layout.find`.
     """
+    from sdxl import figures  # loads matplotlib, which --help does without
+
     prompts = text.read_prompts(config.prompts or text.SHIPPED)
     cache = files.cached("")
     folder = layout.find(config.model, cache)

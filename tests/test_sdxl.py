@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import backtrack
 import degrade
 import disback
-from runtime import files, folder, ranks
+from runtime import files, folder, optimizers
 from runtime import run as stage_run
 from sdxl import figures, generate, layout, memory, model, problem, text
 from sdxl import tiny as tiny_pipeline
@@ -348,7 +348,7 @@ def test_every_gradient_is_cut_to_the_problems_norm_and_then_freed(tmp_path, no_
 @pytest.mark.parametrize("clip, left", [(0.5, [0.3, 0.4]), (10.0, [3.0, 4.0])])
 def test_a_gradient_is_shortened_only_where_it_is_longer_than_the_limit(clip, left):
     net = torch.nn.Linear(2, 1, bias=False)
-    adam = ranks.optimizer(net, problem.TINY, 1e-3, clip)
+    adam = optimizers.adamw(net, problem.TINY, 1e-3, clip)
     (net.weight @ torch.tensor([3.0, 4.0])).sum().backward()
     adam.step()
     torch.testing.assert_close(net.weight.grad[0], torch.tensor(left), atol=1e-5, rtol=1e-5)

@@ -11,6 +11,7 @@ from toy2d.mixture import Mixture
 # Noise levels sigma: the median of the lognormal ones, and a standard deviation to either side.
 LEVELS = 0.26, 0.86, 2.8
 GRID = 13  # arrows on a side of trajectory.html
+EARLY = 150  # iterations that are looked at step by step
 
 
 class Diagnosis:

@@ -23,11 +23,9 @@ from runtime.plots import (
     switches,
 )
 from toy2d import trajectory
-from toy2d.diagnosis import Diagnosis, answers
+from toy2d.diagnosis import EARLY, Diagnosis, answers
 from toy2d.metrics import Evaluation
 from toy2d.mixture import Mixture
-
-EARLY = 150  # iterations that are looked at step by step
 
 
 @torch.no_grad()

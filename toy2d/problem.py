@@ -13,8 +13,8 @@ from tqdm import trange
 import disback
 from runtime import files, interface
 from runtime.interface import setting
-from toy2d import figures, metrics, mixture, model
-from toy2d.diagnosis import Diagnosis
+from toy2d import metrics, mixture, model
+from toy2d.diagnosis import EARLY, Diagnosis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,8 @@ def make(config: Config, seed: int = 0,
 def assemble(config: Config, seed: int, device: torch.device | str, data: mixture.Mixture,
              teacher: model.Denoiser, teacher_sha256: str) -> interface.Problem:
     """The problem of a teacher."""
+    from toy2d import figures  # loads matplotlib, which --help does without
+
     torch.manual_seed(seed)
     student = (model.Untrained(config.distance, config.width, config.depth, data.dims)
                if config.start == "off"
@@ -101,7 +103,7 @@ def assemble(config: Config, seed: int, device: torch.device | str, data: mixtur
         sample_sigma=sample_sigma, sample_sigma_vsd=sample_sigma,
         score_weight=lambda sigma: score_weight(sigma, config.sigma_data),
         evaluate=metrics.Evaluation(data), snapshot=lambda: sample_inputs(2000),
-        looks_at=lambda step: step <= figures.EARLY and step % 5 == 0,
+        looks_at=lambda step: step <= EARLY and step % 5 == 0,
         diagnose=diagnosis, look=diagnosis.look,
         draw=lambda out, path, compare: figures.draw(
             out, path, compare, teacher, lambda net, n: sample(net, n, config, data.dims),
