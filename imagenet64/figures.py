@@ -12,6 +12,7 @@ from runtime.plots import (
     STUDENT,
     TARGET,
     draw_convergence,
+    of_nodes,
     plt,
     read_snapshots,
     save,
@@ -33,11 +34,7 @@ def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None, 
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
     snapshots = read_snapshots(out)
-    nodes = []
-    for node in range(len(path) if path else 1):
-        if path:
-            path.load(node, net)
-        nodes.append(sample(net).cpu())
+    nodes = of_nodes(path, net, lambda net: sample(net).cpu())
     draw_path(folder / "path.png", nodes, snapshots)
     draw_pairs(folder / "teacher_student.png", nodes[0], snapshots[-1][1]["x0"])
     if floor is not None:

@@ -1,13 +1,16 @@
 """What the figures of all problems have in common: colours, a run's snapshots, its convergence."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import trange
 
-from disback import Refusal
-from runtime import files
+from disback import DegradationPath, Refusal
+from runtime import files, ranks
 from runtime.folder import read_log
 
 matplotlib.use("Agg")
@@ -66,6 +69,18 @@ def read_snapshots(out: Path) -> list[tuple[int, dict[str, Tensor]]]:
             found.append((int(file.stem), held))
     if not found:
         raise Refusal(f"{out}/snapshots has none left: figures need a run whose folder is whole")
+    return found
+
+
+def of_nodes(path: DegradationPath | None, net: nn.Module, sample: Callable) -> list[Any]:
+    """sample(net) with the weights of every node, teacher first; without a path of the teacher,
+    whose weights `net` then has. It shows progress, as figures take longest here."""
+    found = []
+    for node in trange(len(path) if path else 1, desc="figures: samples of the nodes",
+                       disable=ranks.rank() > 0):
+        if path:
+            path.load(node, net)
+        found.append(sample(net))
     return found
 
 

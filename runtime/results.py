@@ -47,8 +47,6 @@ def finish(out: Path, problem: Problem, student: nn.Module, path: Any, compare: 
         "network_evals": {"stage1": stage1, "stage2": stage2, "total": stage1 + stage2},
         **measured})
     ranks.barrier()
-    if ranks.rank() == 0:
-        print("drawing the figures ...", flush=True)
     with files.lost(f"the student is in {out}; the same command with --resume draws its figures"):
         problem.draw(out, path, compare)
     if ranks.rank() == 0:

@@ -11,7 +11,7 @@ from torch import Tensor
 import disback
 from runtime import files
 from runtime.folder import read_log
-from runtime.plots import plt, read_snapshots, save, switches
+from runtime.plots import of_nodes, plt, read_snapshots, save, switches
 
 
 def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None, vae: AutoencoderKL,
@@ -20,13 +20,10 @@ def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None, 
     of a network from the noise and `prompts` (n) that the snapshots have; the columns are those."""
     (out / "figures").mkdir(exist_ok=True)
     vae.to(next(teacher.parameters()).device)
-    rows = []
-    for node in range(len(path) if path else 1):
-        if path:
-            path.load(node, teacher)
-        rows.append((f"node {node}" if node else "teacher", decode(vae, sample(teacher))))
+    nodes = of_nodes(path, teacher, lambda net: decode(vae, sample(net)))
     if path:
         path.load(0, teacher)
+    rows = [(f"node {i}" if i else "teacher", pictures) for i, pictures in enumerate(nodes)]
     sheet(out / "figures" / "path.png", "What each node of the path draws in many steps, guided",
           rows, prompts)
     rows = [(f"{step}: to " + (f"node {node}" if node else "the teacher"),

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import disback
 from runtime import files
@@ -17,6 +18,7 @@ from runtime.plots import (
     STUDENT,
     TARGET,
     draw_convergence,
+    of_nodes,
     plt,
     read_snapshots,
     save,
@@ -40,11 +42,8 @@ def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None, 
     snapshots = read_snapshots(out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        nodes = []
-        for node in range(len(path) if path else 1):
-            if path:
-                path.load(node, net)
-            nodes.append(sample(functools.partial(answers, net), 1000)[:, :2])
+        nodes = of_nodes(path, net, lambda net: sample(functools.partial(answers, net),
+                                                       1000)[:, :2])
         points = data.sample(1000)[:, :2]
         evaluate = Evaluation(data)
         floors = [evaluate.of(data.sample(evaluate.samples))["swd"] for _ in range(20)]
@@ -205,7 +204,8 @@ def draw_gif(file: Path, runs: list[Path], nodes: list[Tensor], points: Tensor,
     axes[0, 0].legend(loc="lower right", markerscale=3)
     figure.canvas.draw()
     figure.set_layout_engine("none")  # laid out once: again for every picture takes longest
-    for now in [step for step in panels[0][0] if step <= EARLY or step % 400 == 0]:
+    shown = [step for step in panels[0][0] if step <= EARLY or step % 400 == 0]
+    for now in tqdm(shown, f"figures: {file.name}"):
         for snapshots, known, axis, target, student, method in panels:
             kept = snapshots[max(step for step in snapshots if step <= now)]
             node = int(kept["node"])
