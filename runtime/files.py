@@ -71,8 +71,9 @@ def atomically(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None
 def sweep(*folders: pathlib.Path) -> None:
     """Remove what a killed run left half written in these folders of its own."""
     for folder in folders:
-        for torn in folder.glob(f".*{UNFINISHED}"):
-            shutil.rmtree(torn) if torn.is_dir() and not torn.is_symlink() else torn.unlink()
+        for torn in folder.glob(f".*.{'?' * 8}{UNFINISHED}"):  # as tempfile ends names
+            if torn.is_dir() and not torn.is_symlink():
+                shutil.rmtree(torn)
 
 
 def save_tensors(file: pathlib.Path, tensors: dict[str, Tensor]) -> None:

@@ -23,6 +23,7 @@ STAGE1 = ("path/path.json", "path/[0-9]*.safetensors", "path/step-*.safetensors"
           "path/log.jsonl")
 STAGE2 = ("student.safetensors", "state.pt", "log.jsonl", "metrics.json",
           "snapshots/[0-9]*.safetensors")
+HELD: list[tuple] = []  # of each lock its file, its handle and the folders made for it
 
 
 def writes(stage: str, draws: tuple[str, ...]) -> tuple[str, ...]:
@@ -73,9 +74,10 @@ def enter(stage: str, args: Any) -> None:
 
 def lock(out: Path) -> None:
     """Hold `out` until this process ends, however it does; a second process is refused."""
+    file, new = out / ".disback.lock", [p for p in (out, *out.parents) if not p.exists()]
     with files.blame(f"cannot write to {out}"):
         out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
@@ -83,24 +85,54 @@ def lock(out: Path) -> None:
                       ) from error
     except OSError:  # a file system without locks
         pass
+    HELD.append((file, handle, new))
+    if not is_at(handle, file):  # who held it has ended meanwhile, and removed it
+        lock(out)
+
+
+def is_at(handle: int, file: Path) -> bool:
+    return file.exists() and os.path.samestat(os.fstat(handle), os.stat(file))
+
+
+def leave() -> None:
+    """Let go of what this process holds. Where it wrote nothing, nothing stays: a lock's file is
+    removed, by its holder alone, and then the folders that the lock made, if they are empty."""
+    while HELD:
+        file, handle, new = HELD.pop()
+        with contextlib.suppress(OSError):
+            if is_at(handle, file):
+                file.unlink()
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            for place in new:
+                place.rmdir()
 
 
 def own(args: Any) -> list[Path]:
-    """What a former run wrote that this one replaces."""
-    return [file for pattern in args.writes for file in sorted(args.out.glob(pattern))]
+    """What a former run wrote that this one replaces; a user's own name is no number."""
+    return [file for pattern in args.writes for file in sorted(args.out.glob(pattern))
+            if "*" not in pattern or file.stem.removeprefix("step-").isdigit()]
 
 
 def refuse_taken(out: Path, args: Any) -> None:
     """Refuse a folder that holds results, unless they are a run's and shall be overwritten."""
     taken, is_run = own(args), bool(stages_of(out))
+    for file in taken:
+        if file.is_dir() or file.parent.resolve() != out.resolve() / file.parent.relative_to(out):
+            raise Refusal(f"{file} was not made by a run, it is a folder or beyond a link: name "
+                          "another --out")
     if not taken or args.overwrite and is_run:
         return
     remedy = "name another --out, go on with the run by --resume, or replace it by --overwrite"
     if not is_run:
         remedy = f"{out} is no run's folder: name another --out"
-    elif (out / "metrics.json").exists():
+    elif is_finished(out):
         remedy = "name another --out; --resume draws the figures of a finished run again"
     raise Refusal(f"{taken[0]} exists: {remedy}")
+
+
+def is_finished(out: Path) -> bool:
+    return any((out / name).exists() for name in ("student.safetensors", "metrics.json"))
 
 
 def stages_of(out: Path) -> dict:
@@ -139,7 +171,7 @@ def claim(args: Any, problem: Problem, stage: str, settings: dict, need: int) ->
 def check_state(out: Path, stage: str, known: dict) -> None:
     """Refuse to go on where there is no checkpoint, or one of other flags."""
     file = (out / "path" if stage == "degrade" else out) / "state.pt"
-    finished = (out / "metrics.json").exists()
+    finished = is_finished(out)
     if not file.exists():
         raise Refusal(f"{file} is missing, which --resume needs: " + (
             f"the student is finished, {out}/student.safetensors; name another --out to train one "

@@ -59,6 +59,8 @@ def read_snapshots(out: Path) -> list[tuple[int, dict[str, Tensor]]]:
     """(step, {x0 [n, 2], node}) of each snapshot, the first first."""
     found = []
     for file in sorted((out / "snapshots").glob("[0-9]*.safetensors")):
+        if not file.stem.isdigit():
+            continue  # a user's own
         with files.blame(f"{file} is broken: remove it, and the figures do without it"):
             held = load_file(file)
             if not held["x0"].isfinite().all() or held["node"].numel() != 1:
