@@ -29,6 +29,8 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
             end(2, str(error), f"({memory})" if memory else "")
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             end(2, "--compile failed: --no-compile runs without;", str(error)[:300])
+        if isinstance(error, ModuleNotFoundError):
+            end(2, f"{error}: pip install -r requirements.txt")
         if not isinstance(error, Refusal | OSError):
             raise
         end(2, str(error))

@@ -114,7 +114,10 @@ def sha256(file: pathlib.Path) -> str:
 
 def cached(name: str) -> pathlib.Path:
     """The file of that name in the cache, $DISBACK_CACHE or ~/.cache/disback."""
-    return pathlib.Path(os.environ.get("DISBACK_CACHE") or "~/.cache/disback").expanduser() / name
+    folder = os.path.expanduser(os.environ.get("DISBACK_CACHE") or "~/.cache/disback")
+    if folder.startswith("~"):
+        raise Refusal(f"{folder} is in no home: name the cache's folder by DISBACK_CACHE")
+    return pathlib.Path(folder, name)
 
 
 @contextlib.contextmanager

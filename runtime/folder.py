@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from disback import DegradationPath, Refusal
 from runtime import files, ranks
@@ -41,11 +43,8 @@ def enter(stage: str, args: Any) -> None:
     """Before anything is trained or fetched: refuse a folder that this command cannot use, and keep
     other processes out of it for as long as this one lives."""
     out = args.out
-    there = next(p for p in (out.absolute(), *out.absolute().parents) if os.path.lexists(p))
-    if not there.is_dir():
-        raise Refusal(f"{there} is no folder: name another --out")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise Refusal(f"permission denied: {there}; name another --out")
+    for place in sorted({out, *(Path(out, name).parent for name in args.writes)}):
+        must_take_files(place, "--out")
     known = {"problem": args.problem, "preset": args.preset, "seed": args.seed,
              **what_matters(args.config, stage)}
     recorded = stage == "degrade" and (out / "path" / "path.json").exists()
@@ -70,6 +69,15 @@ def enter(stage: str, args: Any) -> None:
             (out / "path" / "state.pt").unlink(missing_ok=True)
             print(f"{len(path) - 1} nodes are recorded already in {out / 'path'}")
         sys.exit()
+
+
+def must_take_files(folder: Path, flag: str) -> None:
+    """Refuse a folder that cannot be made, or written to."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise Refusal(f"{there} is no folder: name another {flag}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Refusal(f"permission denied: {there}; name another {flag}")
 
 
 def lock(out: Path) -> None:
@@ -194,8 +202,10 @@ def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
             continue
         why = {"backtrack_steps": "the cosine of its learning rates ends there; only a run with "
                "--decay constant can be prolonged",
-               "degrade_steps": "its nodes are spread over them"}.get(name, "use the same flags")
-        called = name if name.endswith("sha256") or name == "problem" else flag_of(name)
+               "degrade_steps": "its nodes are spread over them",
+               "path": "that was recorded again since then; name another --out"}.get(
+                   name, "use the same flags")
+        called = name if name.endswith("sha256") or name in ("problem", "path") else flag_of(name)
         raise Refusal(f"{what} was made with {called} {then.get(name)}, not {value}: {why}")
 
 
@@ -220,11 +230,16 @@ def check_finished(run: Path, problem: str) -> None:
     if about.get("problem") != problem:
         raise Refusal(f"{run} is a run of {about.get('problem')}: --compare takes one of {problem}")
     with files.blame(f"{run} cannot be compared with: finish that run first"):
+        assert about["method"] in ("disback", "vsd"), f"method {about['method']}"
         for name in ("stage1", "stage2"):
             check_number(run / "metrics.json", name, about["network_evals"][name])
-        check_number(run / "metrics.json", "steps", about["steps"])
+        check_number(run / "metrics.json", "steps", about["steps"] or None)
         for line in read_log(run):
-            check_number(run / "log.jsonl", "mismatch", line["mismatch"])
+            for name in ("mismatch", "network_evals"):
+                check_number(run / "log.jsonl", name, line[name])
+            assert all(isinstance(value, int | float) for name, value in line.items()
+                       if name != "node"), f"{line} in log.jsonl"
+    read_snapshots(run)
 
 
 def check_number(file: Path, name: str, value: Any) -> None:
@@ -241,6 +256,23 @@ def read_log(run: Path) -> list[dict]:
                  if line.endswith("\n")]
         assert all(line["step"] >= 0 for line in lines)
     return lines
+
+
+def read_snapshots(out: Path) -> list[tuple[int, dict[str, Tensor]]]:
+    """(step, {x0 [n, 2], node}) of each snapshot, the first first."""
+    found = []
+    for file in sorted((out / "snapshots").glob("[0-9]*.safetensors")):
+        if not file.stem.isdigit():
+            continue  # a user's own
+        with files.blame(f"{file} is broken: remove it, and the figures do without it"):
+            held = load_file(file)
+            if held["node"].numel() != 1 or not all(t.isfinite().all() for t in held.values()) or (
+                    found and held["x0"].shape != found[0][1]["x0"].shape):
+                raise ValueError("numbers that no snapshot has")
+            found.append((int(file.stem), held))
+    if not found:
+        raise Refusal(f"{out}/snapshots has none left: figures need a run whose folder is whole")
+    return found
 
 
 def cut_log(file: Path, step: int) -> None:
