@@ -30,13 +30,14 @@ def main(argv: list[str]) -> None:
     add_source(parser)
     parser.add_argument("--images", type=int, default=40, help="how many (40)")
     parser.add_argument("--seed", type=int, default=0, help="of the first image (0)")
-    parser.add_argument("--classes", type=int, nargs="+", metavar="C",
+    parser.add_argument("--classes", type=command.number_after("RUN"), nargs="+", metavar="C",
                         help="in turn, after RUN (random, each from its image's seed)")
     parser.add_argument("--to", type=command.path, help=".png or .npz file (RUN/samples.png)")
     args = parser.parse_args(argv)
     file = args.to or default_name(args).with_suffix(".png")
     if file.suffix not in (".png", ".npz"):
         command.refuse(f"--to must be a .png or an .npz file, not {file}")
+    folder.must_take_files(file.parent, "--to")
     if args.images < 1 or not 0 <= args.seed < 2**63 - args.images:
         command.refuse("--images must be at least 1, --seed at least 0, and both below 2**63")
     ranks.join_ranks()

@@ -3,6 +3,7 @@
 import argparse
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from disback import Refusal
-from runtime import files, ranks
+from runtime import files, folder, ranks
 
 
 def run(main: Callable[[list[str]], None], memory: str = "") -> None:
@@ -19,6 +20,7 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
     try:
         if any("\udc80" <= letter <= "\udcff" for letter in "".join(sys.argv)):  # bytes, to Python
             raise Refusal(f"an argument is not UTF-8: {ascii(sys.argv[1:])}")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # an interrupt like Ctrl-C
         main(sys.argv[1:])
     except KeyboardInterrupt as interrupt:
         end(130, "interrupted", str(interrupt))
@@ -27,9 +29,13 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
             end(2, str(error), f"({memory})" if memory else "")
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             end(2, "--compile failed: --no-compile runs without;", str(error)[:300])
+        if isinstance(error, ModuleNotFoundError):
+            end(2, f"{error}: pip install -r requirements.txt")
         if not isinstance(error, Refusal | OSError):
             raise
         end(2, str(error))
+    finally:
+        folder.leave()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -48,7 +54,20 @@ def path(text: str) -> Path:
     """A path of the command line; ~ is the home folder, as in a shell."""
     if not text:
         raise argparse.ArgumentTypeError("a path must not be empty")
-    return Path(os.path.expanduser(text))
+    if (whole := os.path.expanduser(text)).startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text} is in no user's home; ./{text} is here")
+    return Path(whole)
+
+
+def number_after(positional: str) -> Callable[[str], int]:
+    """The type of a flag that takes many numbers, and would take a `positional` for one."""
+    def number(text: str) -> int:
+        try:
+            return int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number; {positional} comes "
+                                             "before this flag") from None
+    return number
 
 
 def check_compiler() -> None:

@@ -71,8 +71,9 @@ def atomically(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None
 def sweep(*folders: pathlib.Path) -> None:
     """Remove what a killed run left half written in these folders of its own."""
     for folder in folders:
-        for torn in folder.glob(f".*{UNFINISHED}"):
-            shutil.rmtree(torn) if torn.is_dir() and not torn.is_symlink() else torn.unlink()
+        for torn in folder.glob(f".*.{'?' * 8}{UNFINISHED}"):  # as tempfile ends names
+            if torn.is_dir() and not torn.is_symlink():
+                shutil.rmtree(torn)
 
 
 def save_tensors(file: pathlib.Path, tensors: dict[str, Tensor]) -> None:
@@ -113,7 +114,10 @@ def sha256(file: pathlib.Path) -> str:
 
 def cached(name: str) -> pathlib.Path:
     """The file of that name in the cache, $DISBACK_CACHE or ~/.cache/disback."""
-    return pathlib.Path(os.environ.get("DISBACK_CACHE") or "~/.cache/disback").expanduser() / name
+    folder = os.path.expanduser(os.environ.get("DISBACK_CACHE") or "~/.cache/disback")
+    if folder.startswith("~"):
+        raise Refusal(f"{folder} is in no home: name the cache's folder by DISBACK_CACHE")
+    return pathlib.Path(folder, name)
 
 
 @contextlib.contextmanager

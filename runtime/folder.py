@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from disback import DegradationPath, Refusal
 from runtime import files, ranks
@@ -23,6 +25,7 @@ STAGE1 = ("path/path.json", "path/[0-9]*.safetensors", "path/step-*.safetensors"
           "path/log.jsonl")
 STAGE2 = ("student.safetensors", "state.pt", "log.jsonl", "metrics.json",
           "snapshots/[0-9]*.safetensors")
+HELD: list[tuple] = []  # of each lock its file, its handle and the folders made for it
 
 
 def writes(stage: str, draws: tuple[str, ...]) -> tuple[str, ...]:
@@ -40,11 +43,8 @@ def enter(stage: str, args: Any) -> None:
     """Before anything is trained or fetched: refuse a folder that this command cannot use, and keep
     other processes out of it for as long as this one lives."""
     out = args.out
-    there = next(p for p in (out.absolute(), *out.absolute().parents) if os.path.lexists(p))
-    if not there.is_dir():
-        raise Refusal(f"{there} is no folder: name another --out")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise Refusal(f"permission denied: {there}; name another --out")
+    for place in sorted({out, *(Path(out, name).parent for name in args.writes)}):
+        must_take_files(place, "--out")
     known = {"problem": args.problem, "preset": args.preset, "seed": args.seed,
              **what_matters(args.config, stage)}
     recorded = stage == "degrade" and (out / "path" / "path.json").exists()
@@ -71,11 +71,21 @@ def enter(stage: str, args: Any) -> None:
         sys.exit()
 
 
+def must_take_files(folder: Path, flag: str) -> None:
+    """Refuse a folder that cannot be made, or written to."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise Refusal(f"{there} is no folder: name another {flag}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Refusal(f"permission denied: {there}; name another {flag}")
+
+
 def lock(out: Path) -> None:
     """Hold `out` until this process ends, however it does; a second process is refused."""
+    file, new = out / ".disback.lock", [p for p in (out, *out.parents) if not p.exists()]
     with files.blame(f"cannot write to {out}"):
         out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
@@ -83,24 +93,54 @@ def lock(out: Path) -> None:
                       ) from error
     except OSError:  # a file system without locks
         pass
+    HELD.append((file, handle, new))
+    if not is_at(handle, file):  # who held it has ended meanwhile, and removed it
+        lock(out)
+
+
+def is_at(handle: int, file: Path) -> bool:
+    return file.exists() and os.path.samestat(os.fstat(handle), os.stat(file))
+
+
+def leave() -> None:
+    """Let go of what this process holds. Where it wrote nothing, nothing stays: a lock's file is
+    removed, by its holder alone, and then the folders that the lock made, if they are empty."""
+    while HELD:
+        file, handle, new = HELD.pop()
+        with contextlib.suppress(OSError):
+            if is_at(handle, file):
+                file.unlink()
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            for place in new:
+                place.rmdir()
 
 
 def own(args: Any) -> list[Path]:
-    """What a former run wrote that this one replaces."""
-    return [file for pattern in args.writes for file in sorted(args.out.glob(pattern))]
+    """What a former run wrote that this one replaces; a user's own name is no number."""
+    return [file for pattern in args.writes for file in sorted(args.out.glob(pattern))
+            if "*" not in pattern or file.stem.removeprefix("step-").isdigit()]
 
 
 def refuse_taken(out: Path, args: Any) -> None:
     """Refuse a folder that holds results, unless they are a run's and shall be overwritten."""
     taken, is_run = own(args), bool(stages_of(out))
+    for file in taken:
+        if file.is_dir() or file.parent.resolve() != out.resolve() / file.parent.relative_to(out):
+            raise Refusal(f"{file} was not made by a run, it is a folder or beyond a link: name "
+                          "another --out")
     if not taken or args.overwrite and is_run:
         return
     remedy = "name another --out, go on with the run by --resume, or replace it by --overwrite"
     if not is_run:
         remedy = f"{out} is no run's folder: name another --out"
-    elif (out / "metrics.json").exists():
+    elif is_finished(out):
         remedy = "name another --out; --resume draws the figures of a finished run again"
     raise Refusal(f"{taken[0]} exists: {remedy}")
+
+
+def is_finished(out: Path) -> bool:
+    return any((out / name).exists() for name in ("student.safetensors", "metrics.json"))
 
 
 def stages_of(out: Path) -> dict:
@@ -139,7 +179,7 @@ def claim(args: Any, problem: Problem, stage: str, settings: dict, need: int) ->
 def check_state(out: Path, stage: str, known: dict) -> None:
     """Refuse to go on where there is no checkpoint, or one of other flags."""
     file = (out / "path" if stage == "degrade" else out) / "state.pt"
-    finished = (out / "metrics.json").exists()
+    finished = is_finished(out)
     if not file.exists():
         raise Refusal(f"{file} is missing, which --resume needs: " + (
             f"the student is finished, {out}/student.safetensors; name another --out to train one "
@@ -162,8 +202,10 @@ def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
             continue
         why = {"backtrack_steps": "the cosine of its learning rates ends there; only a run with "
                "--decay constant can be prolonged",
-               "degrade_steps": "its nodes are spread over them"}.get(name, "use the same flags")
-        called = name if name.endswith("sha256") or name == "problem" else flag_of(name)
+               "degrade_steps": "its nodes are spread over them",
+               "path": "that was recorded again since then; name another --out"}.get(
+                   name, "use the same flags")
+        called = name if name.endswith("sha256") or name in ("problem", "path") else flag_of(name)
         raise Refusal(f"{what} was made with {called} {then.get(name)}, not {value}: {why}")
 
 
@@ -188,11 +230,16 @@ def check_finished(run: Path, problem: str) -> None:
     if about.get("problem") != problem:
         raise Refusal(f"{run} is a run of {about.get('problem')}: --compare takes one of {problem}")
     with files.blame(f"{run} cannot be compared with: finish that run first"):
+        assert about["method"] in ("disback", "vsd"), f"method {about['method']}"
         for name in ("stage1", "stage2"):
             check_number(run / "metrics.json", name, about["network_evals"][name])
-        check_number(run / "metrics.json", "steps", about["steps"])
+        check_number(run / "metrics.json", "steps", about["steps"] or None)
         for line in read_log(run):
-            check_number(run / "log.jsonl", "mismatch", line["mismatch"])
+            for name in ("mismatch", "network_evals"):
+                check_number(run / "log.jsonl", name, line[name])
+            assert all(isinstance(value, int | float) for name, value in line.items()
+                       if name != "node"), f"{line} in log.jsonl"
+    read_snapshots(run)
 
 
 def check_number(file: Path, name: str, value: Any) -> None:
@@ -209,6 +256,23 @@ def read_log(run: Path) -> list[dict]:
                  if line.endswith("\n")]
         assert all(line["step"] >= 0 for line in lines)
     return lines
+
+
+def read_snapshots(out: Path) -> list[tuple[int, dict[str, Tensor]]]:
+    """(step, {x0 [n, 2], node}) of each snapshot, the first first."""
+    found = []
+    for file in sorted((out / "snapshots").glob("[0-9]*.safetensors")):
+        if not file.stem.isdigit():
+            continue  # a user's own
+        with files.blame(f"{file} is broken: remove it, and the figures do without it"):
+            held = load_file(file)
+            if held["node"].numel() != 1 or not all(t.isfinite().all() for t in held.values()) or (
+                    found and held["x0"].shape != found[0][1]["x0"].shape):
+                raise ValueError("numbers that no snapshot has")
+            found.append((int(file.stem), held))
+    if not found:
+        raise Refusal(f"{out}/snapshots has none left: figures need a run whose folder is whole")
+    return found
 
 
 def cut_log(file: Path, step: int) -> None:

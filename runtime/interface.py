@@ -69,7 +69,7 @@ class Config:
             if field.type not in (int, float):
                 continue
             zero = field.metadata["zero"]
-            low, most = (0, 2**40) if field.type is int else (1e-38, 3e38)  # what a float32 holds
+            low, most = (0, 2**40) if field.type is int else (1e-18, 1e18)  # squares in float32
             high = min(most, field.metadata["below"])
             if type(value) not in (int, field.type) or not (low < value < high
                                                             or zero and value == 0):

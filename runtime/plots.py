@@ -1,17 +1,17 @@
 """What the figures of all problems have in common: colours, a run's snapshots, its convergence."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import trange
 
-from disback import DegradationPath, Refusal
+from disback import DegradationPath
 from runtime import files, ranks
-from runtime.folder import read_log
+from runtime.folder import read_log, read_snapshots
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
@@ -34,7 +34,7 @@ def draw_convergence(file: Path, out: Path, compare: Path | None, metric: str, l
         at = [(stage1 + line["network_evals"]) / 1e6 for line in lines]
         name = {"disback": "DisBack", "vsd": "VSD"}[metrics["method"]]
         name += f" (stage 1: {stage1 / 1e6:.2f} M)" if stage1 else ""
-        top.plot(at, [line[metric] for line in lines], color=color, label=name)
+        top.plot(at, [line.get(metric, math.nan) for line in lines], color=color, label=name)
         bottom.plot(at, [line["mismatch"] for line in lines], color=color, label=name)
         if stage1:
             for axis in (top, bottom):
@@ -56,20 +56,6 @@ def draw_convergence(file: Path, out: Path, compare: Path | None, metric: str, l
         axis.set_minor_formatter(NullFormatter())
     top.legend()
     save(figure, file)
-
-
-def read_snapshots(out: Path) -> list[tuple[int, dict[str, Tensor]]]:
-    """(step, {x0 [n, 2], node}) of each snapshot, the first first."""
-    found = []
-    for file in sorted((out / "snapshots").glob("[0-9]*.safetensors")):
-        with files.blame(f"{file} is broken: remove it, and the figures do without it"):
-            held = load_file(file)
-            if not held["x0"].isfinite().all() or held["node"].numel() != 1:
-                raise ValueError("numbers that no snapshot has")
-            found.append((int(file.stem), held))
-    if not found:
-        raise Refusal(f"{out}/snapshots has none left: figures need a run whose folder is whole")
-    return found
 
 
 def of_nodes(path: DegradationPath | None, net: nn.Module, sample: Callable) -> list[Any]:

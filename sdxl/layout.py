@@ -25,8 +25,10 @@ def weights(folder: Path, part: str) -> tuple[list[Path], str | None]:
         index, whole = Path(f"{stem}.safetensors.index{end}.json"), Path(f"{stem}{end}.safetensors")
         if index.is_file():
             with files.blame(f"{index} is no index of shards: fetch it again"):
-                shards = files.load_json(index, "fetch it again")["weight_map"].values()
-                return sorted({index.parent / name for name in shards}), variant
+                shards = set(files.load_json(index, "fetch it again")["weight_map"].values())
+                if not shards or any(Path(name).name != name for name in shards):
+                    raise ValueError("it names no files of its own folder")
+                return sorted(index.parent / name for name in shards), variant
         if whole.is_file():
             return [whole], variant
     return [Path(f"{stem}.safetensors")], None

@@ -1,11 +1,11 @@
 """A complete SDXL pipeline of random weights, small enough for a laptop's CPU and for the tests:
 the same classes and the same files as the real one, so that the same code runs both."""
 
+import contextlib
 import hashlib
 import inspect
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from runtime import files
+
 
 def folder(cache: Path) -> Path:
     """The folder of the pipeline's files in `cache`, made where it is not there yet."""
@@ -27,12 +29,13 @@ def folder(cache: Path) -> Path:
     made = cache / f"sdxl-tiny-{name[:16]}"
     if not made.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=cache))
-        pipeline().save_pretrained(beside)
-        try:
-            os.replace(beside, made)
-        except OSError:  # another process was first
-            shutil.rmtree(beside)
+        with tempfile.TemporaryDirectory(dir=cache) as folder_beside:
+            beside = Path(folder_beside, made.name)
+            pipeline().save_pretrained(beside)
+            for file in beside.rglob("*.safetensors"):
+                os.chmod(file, 0o666 & ~files.UMASK)  # safetensors leaves 0600
+            with contextlib.suppress(OSError):  # another process was first
+                os.replace(beside, made)
     return made
 
 

@@ -146,7 +146,8 @@ def test_a_new_stage_1_takes_the_old_runs_results_and_settings_with_it(
     shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
     backtrack.main(["toy2d", "--out", str(tmp_path), *BACKTRACK])
     degrade.main(["toy2d", "--out", str(tmp_path), *DEGRADE, "--overwrite"])
-    assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", "config.json", "path"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".disback.lock", "config.json",
+                                                               "path"]
     assert list(json.loads((tmp_path / "config.json").read_text())) == ["degrade"]
 
 

@@ -141,8 +141,8 @@ def test_what_a_kill_left_half_written_goes_when_the_run_goes_on(recorded, tmp_p
     shutil.copytree(recorded / "path", tmp_path / "path")
     argv = ["toy2d", *BACKTRACK, "--out", str(tmp_path)]
     backtrack.main(argv)
-    torn = [tmp_path / ".state.pt.a1b2.unfinished" / "state.pt",
-            tmp_path / "snapshots" / ".0000008.safetensors.c3.unfinished" / ".tmpA1b2C3"]
+    torn = [tmp_path / ".state.pt.a1b2c3d4.unfinished" / "state.pt",
+            tmp_path / "snapshots" / ".0000008.safetensors.c3_d4e5f.unfinished" / ".tmpA1b2C3"]
     (tmp_path / "other").mkdir()
     for file in (tmp_path / ".notes.bak.2024", tmp_path / "other" / ".x.pt.1.unfinished"):
         file.write_bytes(b"half")

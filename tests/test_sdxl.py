@@ -409,7 +409,7 @@ def test_a_disk_without_room_for_the_path_is_refused_before_anything_is_written(
     argv = ["sdxl", "--out", str(tmp_path / "run"), *SMALL, "--steps", "12", "--nodes", "3"]
     with pytest.raises(disback.Refusal, match="GB free"):
         degrade.main(argv)
-    assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [".disback.lock"]
     free += 20_000
     degrade.main(argv)
     assert Path(tmp_path / "run" / "path" / "path.json").exists()

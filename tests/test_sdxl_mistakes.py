@@ -79,7 +79,7 @@ def test_without_network_or_local_model_the_files_and_the_flag_are_named(offline
 
 def test_a_run_without_a_model_writes_nothing(offline, tmp_path):
     refused(degrade.main, ["sdxl", "--preset", "full", "--out", str(tmp_path / "run")])
-    assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [".disback.lock"]
 
 
 @pytest.mark.parametrize("file", [UNET, "model_index.json",

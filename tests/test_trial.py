@@ -1,0 +1,284 @@
+"""Mistakes that were found by trying the commands with wrong eyes, one test a kind."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import stat
+import sys
+
+import pytest
+import torch
+from conftest import BACKTRACK, DEGRADE
+from test_mistakes import refused
+
+import backtrack
+import degrade
+import disback
+from imagenet64 import download, sample
+from runtime import command, files, folder, plots
+from sdxl import generate, layout, tiny
+
+
+def names(out):
+    return sorted(str(file.relative_to(out)) for file in out.rglob("*"))
+
+
+def test_a_refused_run_leaves_a_folder_as_it_was_found(capsys, monkeypatch, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    for out in ("notes", "new/and/deep"):
+        refused(capsys, monkeypatch, degrade.main, [
+            "imagenet64", "--teacher", tmp_path / "none.safetensors", "--out", tmp_path / out])
+        assert names(tmp_path) == ["notes", "notes/mine.txt"]
+
+
+def test_a_finished_run_leaves_no_lock(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["degrade.py", "toy2d", "--out", str(tmp_path), *DEGRADE])
+    command.run(degrade.main)
+    assert {name.split("/")[0] for name in names(tmp_path)} == {"config.json", "path"}
+
+
+def test_the_lock_is_on_the_file_that_the_next_process_will_find(monkeypatch, tmp_path):
+    """A holder may end, and remove its file, between the opening of that file and its locking."""
+    file, calls, lockf = tmp_path / ".disback.lock", [], fcntl.lockf
+
+    def late(handle, how):
+        lockf(handle, how)
+        calls.append(handle)
+        if len(calls) == 1:
+            file.unlink()
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    folder.lock(tmp_path)
+    assert len(calls) == 2 and os.path.samestat(os.fstat(calls[1]), os.stat(file))
+    folder.leave()
+    assert not file.exists()
+
+
+def test_leaving_spares_a_lock_of_another_process(tmp_path):
+    folder.lock(tmp_path)
+    (tmp_path / ".disback.lock").unlink()
+    (tmp_path / ".disback.lock").write_text("another's")
+    folder.leave()
+    assert names(tmp_path) == [".disback.lock"]
+
+
+def test_sigterm_outside_the_loops_ends_in_a_line_and_lets_go_of_the_folder(
+        capsys, monkeypatch, tmp_path):
+    def main(argv):
+        folder.lock(tmp_path / "run")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(sys, "argv", ["stage.py"])
+    with pytest.raises(SystemExit) as ended:
+        command.run(main)
+    assert ended.value.code == 130 and capsys.readouterr().err.strip() == "error: interrupted"
+    assert not names(tmp_path)
+
+
+def test_a_tilde_of_nobody_makes_no_folder(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, monkeypatch, degrade.main, ["toy2d", "--out", "~no-such-user/x"])
+    assert "--out" in line and "~no-such-user/x" in line and not names(tmp_path)
+
+
+@pytest.mark.parametrize("main, argv, first", [
+    (sample.main, ["--classes", "3", "7", "runs/digits"], "RUN"),
+    (generate.main, ["--seeds", "1", "2", "a cat"], "PROMPT")])
+def test_what_must_come_before_a_list_of_numbers_is_said(capsys, monkeypatch, main, argv, first):
+    line = refused(capsys, monkeypatch, main, argv)
+    assert argv[0] in line and repr(argv[-1]) in line and f"{first} comes before" in line
+
+
+OWN = ("path/07-mine.safetensors", "path/step-mine.safetensors", "snapshots/2024-best.safetensors",
+       ".notes.unfinished", "figures/.x.unfinished/mine")
+
+
+def test_overwriting_spares_names_that_only_resemble_a_runs(recorded, tmp_path):
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    for name in OWN:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    degrade.main(["toy2d", "--out", str(tmp_path), *DEGRADE, "--overwrite"])
+    assert all((tmp_path / name).read_text() == "mine" for name in OWN)
+
+
+def test_the_figures_do_without_a_users_own_snapshot(tmp_path):
+    for name in ("0000005", "2024-best"):
+        files.save_tensors(tmp_path / "snapshots" / f"{name}.safetensors", {
+            "x0": torch.zeros(1, 2), "node": torch.tensor(0)})
+    assert [step for step, _ in plots.read_snapshots(tmp_path)] == [5]
+
+
+@pytest.mark.parametrize("place", ["figures", "path"])
+def test_what_lies_beyond_a_link_is_not_replaced(
+        recorded, capsys, monkeypatch, tmp_path, place):
+    out, mine = tmp_path / "run", tmp_path / "mine"
+    shutil.copytree(recorded, out)
+    shutil.rmtree(out / place, ignore_errors=True)
+    mine.mkdir()
+    for name in ("path.png", "00.safetensors"):
+        (mine / name).write_text("mine")
+    (out / place).symlink_to(mine)
+    line = refused(capsys, monkeypatch, degrade.main,
+                   ["toy2d", "--out", out, *DEGRADE, "--overwrite"])
+    assert "link" in line and {file.read_text() for file in mine.iterdir()} == {"mine"}
+
+
+def test_a_link_to_a_runs_whole_folder_is_that_run(recorded, tmp_path):
+    shutil.copytree(recorded, tmp_path / "run")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    degrade.main(["toy2d", "--out", str(tmp_path / "link"), *DEGRADE, "--overwrite"])
+
+
+def test_a_folder_in_a_files_place_is_refused_before_anything_goes(
+        recorded, capsys, monkeypatch, tmp_path):
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "metrics.json").mkdir()
+    before = names(tmp_path)
+    line = refused(capsys, monkeypatch, degrade.main,
+                   ["toy2d", "--out", tmp_path, *DEGRADE, "--overwrite"])
+    assert "metrics.json" in line and names(tmp_path) == before
+
+
+@pytest.mark.parametrize("finished", ["student.safetensors", "metrics.json"])
+def test_a_student_without_its_numbers_is_not_offered_for_overwriting(
+        recorded, capsys, monkeypatch, tmp_path, finished):
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    (tmp_path / finished).write_text("{}")
+    for flags in ([], ["--resume"]):
+        line = refused(capsys, monkeypatch, backtrack.main,
+                       ["toy2d", "--out", tmp_path, *BACKTRACK, *flags])
+        assert "overwrite" not in line
+
+
+@pytest.fixture
+def finished(recorded, tmp_path):
+    """As much of a finished run as --compare reads."""
+    out = tmp_path / "other"
+    line = {"step": 1, "node": 0, "mismatch": 1.0, "network_evals": 1, "swd": 1.0}
+    files.save_json(out / "metrics.json", {"problem": "toy2d", "method": "vsd", "steps": 2,
+                                           "network_evals": {"stage1": 0, "stage2": 1}})
+    (out / "log.jsonl").write_text(json.dumps(line) + "\n")
+    for step in (0, 2):
+        files.save_tensors(out / "snapshots" / f"{step:07d}.safetensors", {
+            "x0": torch.zeros(4, 2), "node": torch.tensor(0)})
+    return out
+
+
+def compared(capsys, monkeypatch, recorded, other, out):
+    monkeypatch.setattr("toy2d.problem.trained_teacher", lambda *_: pytest.fail("trained"))
+    return refused(capsys, monkeypatch, backtrack.main, [
+        "toy2d", "--path", recorded / "path", *BACKTRACK, "--out", out, "--compare", other])
+
+
+@pytest.mark.parametrize("change", [{"method": "other"}, {"method": None}, {"steps": 0}])
+def test_numbers_that_the_comparison_needs_are_looked_at_first(
+        finished, recorded, capsys, monkeypatch, tmp_path, change):
+    file = finished / "metrics.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert next(iter(change)) in compared(capsys, monkeypatch, recorded, finished, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("change", [{"network_evals": None}, {"swd": "many"}])
+def test_so_are_the_lines_of_its_log(finished, recorded, capsys, monkeypatch, tmp_path, change):
+    file = finished / "log.jsonl"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change) + "\n")
+    line = compared(capsys, monkeypatch, recorded, finished, tmp_path / "new")
+    assert next(iter(change)) in line and "log.jsonl" in line
+
+
+@pytest.mark.parametrize("broken", ["none", "cut", "shape", "nan node"])
+def test_so_are_its_snapshots(finished, recorded, capsys, monkeypatch, tmp_path, broken):
+    file = finished / "snapshots" / "0000002.safetensors"
+    if broken == "none":
+        shutil.rmtree(file.parent)
+    elif broken == "cut":
+        file.write_bytes(file.read_bytes()[:50])
+    else:
+        files.save_tensors(file, {"x0": torch.zeros(4, 3 if broken == "shape" else 2),
+                                  "node": torch.tensor(float("nan") if "nan" in broken else 0)})
+    assert "snapshots" in compared(capsys, monkeypatch, recorded, finished, tmp_path / "new")
+
+
+def test_a_whole_run_can_be_compared_with(finished):
+    folder.check_finished(finished, "toy2d")
+
+
+@pytest.mark.parametrize("place", ["figures", "snapshots", "path"])
+def test_a_file_in_a_folders_place_is_refused_before_any_training(
+        capsys, monkeypatch, tmp_path, place):
+    monkeypatch.setattr("toy2d.problem.trained_teacher", lambda *_: pytest.fail("trained"))
+    (tmp_path / place).write_text("mine")
+    line = refused(capsys, monkeypatch, degrade.main, ["toy2d", "--out", tmp_path, *DEGRADE])
+    assert str(tmp_path / place) in line and "--out" in line
+
+
+def test_a_sample_that_cannot_be_written_is_not_drawn(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sample, "source", lambda *_: pytest.fail("read"))
+    (tmp_path / "file").write_text("mine")
+    line = refused(capsys, monkeypatch, sample.main, ["run", "--to", tmp_path / "file" / "x.npz"])
+    assert str(tmp_path / "file") in line and "--to" in line
+
+
+@pytest.mark.parametrize("flag", ["--start-sigma", "--sigma-data", "--lr-degrade", "--distance"])
+@pytest.mark.parametrize("value", ["1e30", "1e-30"])
+def test_a_number_whose_square_float32_lacks_is_refused(capsys, monkeypatch, flag, value):
+    line = refused(capsys, monkeypatch, degrade.main, ["toy2d", flag, value])
+    assert flag in line and value.replace("1e", "1e+" if "-" not in value else "1e") in line
+
+
+def test_a_killed_download_goes_at_the_next_and_a_living_one_stays(monkeypatch, tmp_path):
+    file, seen = tmp_path / "teacher.pkl", []
+    left, lives, other = (tmp_path / f".{name}.a1b2c3d4.unfinished" for name in (
+        "teacher.pkl", "teacher.pkl.x", "inception.pt"))
+    lives = tmp_path / ".teacher.pkl.lives123.unfinished"
+    for place in (left, lives, other):
+        place.mkdir()
+        (place / "x.partial").write_bytes(b"half")
+    with download.alive(left):
+        pass  # its process has ended
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, to: (
+        seen.append(left.exists()), open(to, "wb").close()))
+    with download.alive(lives):
+        download.fetch("http://x", file, lambda _: None)
+        assert (lives / "x.partial").exists()
+    assert seen == [False] and other.exists() and file.exists()
+
+
+@pytest.mark.parametrize("shard", ["../elsewhere.safetensors", "/etc/x.safetensors", 5, None])
+def test_an_index_of_shards_names_files_of_its_own_folder(tmp_path, shard):
+    index = tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    files.save_json(index, {"weight_map": {} if shard is None else {"a": shard}})
+    with pytest.raises(disback.Refusal, match="index.json is no index of shards"):
+        layout.weights(tmp_path, "unet")
+
+
+def test_the_tiny_pipeline_in_the_cache_has_the_modes_that_umask_asks_for(tmp_path):
+    made = tiny.folder(tmp_path)
+    modes = {stat.S_IMODE(file.stat().st_mode) | 0o111 for file in (made, *made.rglob("*"))}
+    assert modes == {0o777 & ~files.UMASK | 0o111} and [*tmp_path.iterdir()] == [made]
+
+
+def test_without_a_home_the_cache_must_be_named(monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda text: text)
+    monkeypatch.delenv("DISBACK_CACHE")
+    with pytest.raises(disback.Refusal, match="DISBACK_CACHE"):
+        files.cached("x")
+
+
+def test_a_missing_package_is_a_line(capsys, monkeypatch):
+    def main(argv):
+        import no_such_package  # noqa: F401
+
+    assert "requirements.txt" in refused(capsys, monkeypatch, main, [])
+    assert "no_such_package" in refused(capsys, monkeypatch, main, [])
+
+
+def test_a_path_that_was_recorded_again_is_not_blamed_on_a_flag(tmp_path):
+    with pytest.raises(disback.Refusal, match="recorded again") as refusal:
+        folder.must_agree(tmp_path, {"path": "a"}, {"path": "b"})
+    assert "--path" not in str(refusal.value)
