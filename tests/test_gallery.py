@@ -852,6 +852,10 @@ def test_mistakes_are_refused(capsys, tmp_path):
     assert "--backtrack" in refused(capsys, "boot", "--variant", "x", "--out", str(tmp_path))
     assert "instaflow" in refused(capsys, "instaflow", "--backtrack", "--out", str(tmp_path))
     assert "--seeds" in refused(capsys, "all", "--seeds", "0", "--out", str(tmp_path))
+    assert "one METHOD" in refused(capsys, "all", "--backtrack", "--out", str(tmp_path))
+    assert "--seed " in refused(capsys, "vsd", "--seeds", "2", "--out", str(tmp_path))
+    assert "'abc'" in refused(capsys, "vsd", "--seed", "abc", "--out", str(tmp_path))
+    assert "empty" in refused(capsys, "vsd", "--out", "")
     assert "no lines" in refused(capsys, "table", "--out", str(tmp_path))
 
 
@@ -862,10 +866,12 @@ def test_lines_of_another_version_are_refused_and_a_torn_one_is_none(capsys, tmp
     file.write_text(json.dumps(line) + "\n")
     assert "vsd" in refused(capsys, "table", "--out", str(tmp_path))
     fresh = line | {"version": runs.version("vsd")}
-    file.write_text(json.dumps(line) + "\n" + json.dumps(fresh) + "\n" + json.dumps(line)[:40])
+    file.write_text(json.dumps(line) + "\n" + json.dumps(fresh) + "\n"
+                    + json.dumps(line)[:40])
     assert list(runs.read(file).values()) == [fresh]
-    file.write_text('{"run": 1}\n')
-    assert "another kind" in refused(capsys, "table", "--out", str(tmp_path))
+    for other in ('{"run": 1}', "5", json.dumps(line | {"method": "gone"})):
+        file.write_text(other + "\n")
+        assert "another kind" in refused(capsys, "table", "--out", str(tmp_path))
 
 
 def test_a_version_follows_code_and_kin_but_not_prose(tmp_path, monkeypatch):
@@ -874,12 +880,13 @@ def test_a_version_follows_code_and_kin_but_not_prose(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "toy2d", tmp_path / "toy2d")
     here = tmp_path / "toy2d" / "gallery"
     monkeypatch.setattr(runs, "HERE", here)
-    before = {name: runs.version(name) for name in ("snoopi", "vsd", "boot")}
+    version = runs.version.__wrapped__  # without its cache
+    before = {name: version(name) for name in ("snoopi", "vsd", "boot")}
     file = here / "swiftbrush.py"
     file.write_text(file.read_text().replace('"""', '"""Other words. ', 1) + "# a remark\n")
-    assert {name: runs.version(name) for name in before} == before
+    assert {name: version(name) for name in before} == before
     file.write_text(file.read_text().replace("RANK = 16", "RANK = 8"))
-    assert [runs.version(name) == before[name] for name in before] == [False, True, True]
+    assert [version(name) == before[name] for name in before] == [False, True, True]
 
 
 def test_every_method_has_a_file_of_at_most_80_lines():
