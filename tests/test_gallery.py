@@ -1,5 +1,6 @@
 """The gallery: each method's formulas against closed forms, and the lines of its runs."""
 
+import copy
 import json
 import math
 import types
@@ -84,6 +85,25 @@ def z_of(n=64):
 def sample(result):
     with torch.no_grad():
         return result.sample(z_of(), torch.Generator().manual_seed(4))
+
+
+def vsd_loop(student, teacher, draw, weighting, rates, betas=(0.0, 0.999)):
+    """VSD by the core's own losses, Eq. 8 and then Eq. 5, in the fixture's 3 iterations, with
+    draw(i) -> (x0, label); the student is trained in place, its moving average returned."""
+    fake, config = copy.deepcopy(teacher).requires_grad_(), problem.Config(sigma_max=HI)
+    adam = torch.optim.Adam(student.parameters(), rates[0], betas, fused=True)
+    adam_fake = torch.optim.Adam(fake.parameters(), rates[1], (0.0, 0.999), fused=True)
+    for i in core.loop(3, adam, adam_fake):
+        x0, label = draw(i)
+        sigma = problem.karras_sigma(len(x0), config)
+        core.update(adam, disback.vsd_loss(x0, sigma, fake, teacher, label, weighting)[0])
+        if i == 0:
+            average = copy.deepcopy(student)
+        disback.update_average(average, student, 0.95)
+        sigma = problem.karras_sigma(len(x0), config)
+        core.update(adam_fake, disback.score_matching_loss(
+            fake, x0.detach(), sigma, label, problem.score_weight(sigma, 1.0)))
+    return average
 
 
 # ------------------------------------------------------------------------------- the frame
@@ -295,6 +315,21 @@ def test_each_label_of_msd_reaches_one_student(toy, monkeypatch):
     assert sorted(points[:, 0].unique().tolist()) == [1.0, 2.0, 3.0, 4.0]
 
 
+def test_msd_with_one_student_is_vsd_with_labels(toy):
+    torch.manual_seed(0)
+    student, teacher = vsd.Generator(8, 4), msd.teacher(None)  # which seeds what follows
+
+    def draw(_):
+        label = torch.randint(4, (512,))
+        return student(torch.randn(512, 2), label), label
+
+    average = vsd_loop(student, teacher, draw, "eps", (2.4e-2, 6e-3))
+    label = torch.randint(4, (64,), generator=torch.Generator().manual_seed(4))
+    found = sample(msd.train(toy(0), students=1))
+    assert torch.equal(found, average(z_of(), label))
+    assert not torch.allclose(found, sample(msd.train(toy(0), students=2)), atol=1e-3)
+
+
 def test_phased_dmd_regresses_on_a_target_whose_mean_is_the_denoiser():
     """x_b ~ N(0, tau^2 + b^2): the slope of the target on x is tau^2 / (tau^2 + sigma^2)."""
     torch.manual_seed(0)
@@ -338,6 +373,29 @@ def test_flash_dmd_gives_each_level_one_loss():
     assert all(weight.grad is None for weight in net.parameters())
     flash.gan(critic, flash.low_step(net, x0)).backward()
     assert any((weight.grad != 0).any() for weight in net.parameters())
+
+
+def test_flash_dmds_fake_follows_the_student_by_a_share_of_its_weights(toy, monkeypatch):
+    """fake <- share * fake + (1 - share) * student, which at 1 leaves the fake as without."""
+    average, gaps = disback.update_average, []
+
+    def trained(follow):
+        copies, copied = [], core.Toy.copy
+        with monkeypatch.context() as patch:
+            patch.setattr(core.Toy, "copy", lambda self: copies.append(copied(self)) or copies[-1])
+            patch.setattr(disback, "update_average", lambda *args: follow(*copies, *args))
+            flash.train(toy(0))
+        return weights(copies[1])
+
+    def watched(student, fake, *args):
+        expected = 0.99 * weights(fake) + 0.01 * weights(student)
+        average(*args)
+        gaps.append((weights(fake) - expected).abs().max().item())
+
+    published = trained(watched)
+    assert len(gaps) == 3 and max(gaps) < 1e-6
+    at_1 = trained(lambda student, fake, *args: average(*args[:2], 1.0))
+    assert torch.equal(at_1, trained(lambda *_: None)) and not torch.equal(at_1, published)
 
 
 def test_the_preference_loss_is_log_2_at_the_reference_and_pulls_from_worst_to_best():
@@ -435,6 +493,20 @@ def test_without_critic_or_vsd_sprint_and_rcm_are_scm(toy):
     assert torch.equal(sample(rcm.train(toy(0), mu=0.0, steps=3)), scm)
     assert not torch.equal(sample(rcm.train(toy(0), steps=3)), scm)
     assert not torch.equal(sample(sprint.train(toy(0), steps=3)), scm)
+
+
+def test_rcm_without_consistency_is_vsd_of_the_denoiser(toy):
+    setting = toy(0)
+    student = setting.copy()
+
+    def draw(i):
+        torch.manual_seed(i)  # of VSD's own random numbers
+        return samplers.one(student)(torch.randn(512, 2)), None
+
+    vsd_loop(student, setting.teacher, draw, "dmd", (1e-3, 2e-3), (0.9, 0.99))
+    found = sample(rcm.train(toy(0), consistency=0.0))
+    assert torch.equal(found, samplers.one(student)(z_of()))
+    assert not torch.allclose(found, samplers.one(setting.teacher)(z_of()), atol=1e-4)
 
 
 def test_tbcms_points_lie_on_ddim_trajectories(nets):
@@ -709,17 +781,17 @@ def test_divergences_are_torchs_and_0_at_equality(name):
 
 
 def test_rendered_lines_agree_with_the_closed_form():
-    """Of a mixture the integral along a line is a sum of w N(offset; m . u, std^2)."""
-    data = mixture.ring()
-    angle = torch.linspace(0.1, 3, 7, dtype=torch.float64)
-    offset = torch.linspace(-2.2, 2.2, 7, dtype=torch.float64)
-    across = torch.stack([angle.cos(), angle.sin()], dim=1) @ data.means.double().T
-    right = (data.weights.double() * torch.distributions.Normal(
-        across, data.stds[:, 0].double()).log_prob(offset[:, None]).exp()).sum(1)
-    exact_data = mixture.Mixture(data.weights.double(), data.means.double(), data.stds.double())
-    found = render(lambda x: exact_data.log_density(x).exp(), angle, offset,
-                   torch.full((7, 4000), 0.5, dtype=torch.float64))
-    torch.testing.assert_close(found, right, rtol=0, atol=1e-7)
+    """Of a mixture the integral along a line is a sum of w N(offset; m . u, std^2). The ring is
+    shrunk, so that nothing of it lies beyond the ends of the chords."""
+    ring = mixture.ring()
+    data = mixture.Mixture(ring.weights.double(), 0.7 * ring.means.double(), ring.stds.double())
+    angle, offset = double(7), torch.linspace(-1.5, 1.5, 7, dtype=torch.float64)
+    across = torch.stack([angle.cos(), angle.sin()], dim=1) @ data.means.T
+    right = (data.weights * torch.distributions.Normal(
+        across, data.stds[:, 0]).log_prob(offset[:, None]).exp()).sum(1)
+    found = render(lambda x: data.log_density(x).exp(), angle, offset,
+                   torch.full((7, 400), 0.5, dtype=torch.float64))
+    torch.testing.assert_close(found, right, rtol=0, atol=2e-12)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
@@ -756,6 +828,15 @@ def test_the_rationale_ends_in_the_label_and_predicting_does_not_need_it():
     torch.testing.assert_close(loss, right)
 
 
+def test_permuted_rationales_bring_the_accuracy_back_to_chance(toy, monkeypatch):
+    """Five digits mod 3 here, so that 200 updates suffice: chance is 1 / 3."""
+    monkeypatch.setattr(stepbystep, "DIGITS", 5)
+    monkeypatch.setattr(stepbystep, "BASE", 3)
+    found = [stepbystep.accuracy(toy(0, rate=2.0), 100, 0.5, permuted, 200)
+             for permuted in (False, True)]
+    assert found[0] > 0.9 and found[1] < 0.55
+
+
 # ---------------------------------------------------------------------------------- the lines
 
 
@@ -771,6 +852,10 @@ def test_mistakes_are_refused(capsys, tmp_path):
     assert "--backtrack" in refused(capsys, "boot", "--variant", "x", "--out", str(tmp_path))
     assert "instaflow" in refused(capsys, "instaflow", "--backtrack", "--out", str(tmp_path))
     assert "--seeds" in refused(capsys, "all", "--seeds", "0", "--out", str(tmp_path))
+    assert "one METHOD" in refused(capsys, "all", "--backtrack", "--out", str(tmp_path))
+    assert "--seed " in refused(capsys, "vsd", "--seeds", "2", "--out", str(tmp_path))
+    assert "'abc'" in refused(capsys, "vsd", "--seed", "abc", "--out", str(tmp_path))
+    assert "empty" in refused(capsys, "vsd", "--out", "")
     assert "no lines" in refused(capsys, "table", "--out", str(tmp_path))
 
 
@@ -781,10 +866,12 @@ def test_lines_of_another_version_are_refused_and_a_torn_one_is_none(capsys, tmp
     file.write_text(json.dumps(line) + "\n")
     assert "vsd" in refused(capsys, "table", "--out", str(tmp_path))
     fresh = line | {"version": runs.version("vsd")}
-    file.write_text(json.dumps(line) + "\n" + json.dumps(fresh) + "\n" + json.dumps(line)[:40])
+    file.write_text(json.dumps(line) + "\n" + json.dumps(fresh) + "\n"
+                    + json.dumps(line)[:40])
     assert list(runs.read(file).values()) == [fresh]
-    file.write_text('{"run": 1}\n')
-    assert "another kind" in refused(capsys, "table", "--out", str(tmp_path))
+    for other in ('{"run": 1}', "5", json.dumps(line | {"method": "gone"})):
+        file.write_text(other + "\n")
+        assert "another kind" in refused(capsys, "table", "--out", str(tmp_path))
 
 
 def test_a_version_follows_code_and_kin_but_not_prose(tmp_path, monkeypatch):
@@ -793,12 +880,13 @@ def test_a_version_follows_code_and_kin_but_not_prose(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "toy2d", tmp_path / "toy2d")
     here = tmp_path / "toy2d" / "gallery"
     monkeypatch.setattr(runs, "HERE", here)
-    before = {name: runs.version(name) for name in ("snoopi", "vsd", "boot")}
+    version = runs.version.__wrapped__  # without its cache
+    before = {name: version(name) for name in ("snoopi", "vsd", "boot")}
     file = here / "swiftbrush.py"
     file.write_text(file.read_text().replace('"""', '"""Other words. ', 1) + "# a remark\n")
-    assert {name: runs.version(name) for name in before} == before
+    assert {name: version(name) for name in before} == before
     file.write_text(file.read_text().replace("RANK = 16", "RANK = 8"))
-    assert [runs.version(name) == before[name] for name in before] == [False, True, True]
+    assert [version(name) == before[name] for name in before] == [False, True, True]
 
 
 def test_every_method_has_a_file_of_at_most_80_lines():

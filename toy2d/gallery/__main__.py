@@ -31,13 +31,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of one run (0)")
     parser.add_argument("--seeds", type=int, default=5, help="of `all`, from 0 on (5)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (all cores)")
-    parser.add_argument("--out", type=Path, default=Path("runs/gallery"), help="folder of lines "
-                        "(runs/gallery)")
+    parser.add_argument("--out", type=command.path, default=Path("runs/gallery"),
+                        help="folder of lines (runs/gallery)")
     args = parser.parse_args(argv)
     if not (0 <= args.seed < 2**63 and args.seeds >= 1 and args.jobs >= 1):
         command.refuse("--seed must be at least 0, --seeds and --jobs at least 1")
-    file = args.out / "lines.jsonl"
-    if args.method in METHODS:
+    one_run, file = args.method in METHODS, args.out / "lines.jsonl"
+    if not one_run and (args.variant or args.backtrack or args.double or args.seed):
+        command.refuse("--variant, --backtrack, --double and --seed are of one METHOD")
+    if args.method != "all" and args.seeds != parser.get_default("seeds"):
+        command.refuse("--seeds is of `all`: --seed names that of one run")
+    if one_run:
         arm = args.variant, args.backtrack, 2 if args.double else 1
         if arm not in arms(args.method):
             rows = sorted({name for name, *_ in arms(args.method)} - {""})

@@ -1,6 +1,7 @@
 """A run of the gallery: what it costs, what it depends on, and the line that it leaves."""
 
 import ast
+import functools
 import hashlib
 import importlib
 import json
@@ -40,6 +41,7 @@ class Count:
             self.evals += len(answer) * (3 if answer.requires_grad or tangent is not None else 1)
 
 
+@functools.cache
 def version(method: str) -> str:
     """A hash of the code that a method's numbers depend on, without comments and docstrings."""
     todo, found = [HERE / f"{method}.py"], {}
@@ -100,14 +102,15 @@ def execute(out: Path, key: tuple) -> dict:
 def read(file: Path) -> dict[tuple, dict]:
     """The lines by their key, the last one of each; one that a kill tore is none."""
     lines = {}
-    for text in file.read_text().splitlines() if file.exists() else ():
+    for text in file.read_bytes().splitlines() if file.exists() else ():
         try:
             line = json.loads(text)
-            lines[tuple(line[name] for name in KEY)] = line
-        except json.JSONDecodeError:
+        except ValueError:
             continue
-        except (KeyError, TypeError) as error:
-            raise Refusal(f"{file} has lines of another kind: name another --out") from error
+        ours = isinstance(line, dict) and line.keys() >= {*KEY, "version"}
+        if not (ours and line["method"] in METHODS):
+            raise Refusal(f"{file} has lines of another kind: name another --out")
+        lines[tuple(line[name] for name in KEY)] = line
     return lines
 
 
