@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import pathlib
 import shutil
 import signal
 import stat
@@ -282,3 +283,56 @@ def test_a_path_that_was_recorded_again_is_not_blamed_on_a_flag(tmp_path):
     with pytest.raises(disback.Refusal, match="recorded again") as refusal:
         folder.must_agree(tmp_path, {"path": "a"}, {"path": "b"})
     assert "--path" not in str(refusal.value)
+
+
+def test_a_cache_that_takes_no_files_is_refused_before_a_teacher_is_trained(
+        capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("toy2d.problem.train", lambda *_: pytest.fail("trained"))
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("DISBACK_CACHE", str(tmp_path / "file"))
+    line = refused(capsys, monkeypatch, degrade.main, ["toy2d", "--out", tmp_path / "r", *DEGRADE])
+    assert str(tmp_path / "file") in line and "DISBACK_CACHE" in line
+
+
+def test_a_closed_folder_is_named_and_not_the_hidden_one_in_it(monkeypatch, tmp_path):
+    def closed(*_):
+        raise PermissionError(13, "Permission denied", str(tmp_path / ".a.x1y2z3w4.unfinished"))
+
+    monkeypatch.setattr(files.tempfile, "TemporaryDirectory", closed)
+    with pytest.raises(disback.Refusal, match=f"^permission denied: {tmp_path}$"):
+        files.atomically(tmp_path / "a", lambda _: None)
+
+
+@pytest.mark.parametrize("read", [
+    lambda file: files.load_net(file, torch.nn.Linear(1, 1)),
+    lambda file: folder.read_path(file.parent, {})])
+def test_a_file_that_must_not_be_read_is_not_called_missing(recorded, monkeypatch, read):
+    file, opened = recorded / "path" / "01.safetensors", pathlib.Path.open
+
+    def shut(path, *mode):
+        if path == file:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *mode)
+
+    monkeypatch.setattr(pathlib.Path, "open", shut)
+    with pytest.raises((disback.Refusal, PermissionError), match=f"(?i)permission denied.*{file}"):
+        read(file)
+
+
+@pytest.mark.parametrize("name, at, value", [
+    ("steps", 1, "many"), ("steps", 2, -1), ("positions", 1, float("nan")), ("positions", 2, None)])
+def test_every_step_and_position_of_a_path_is_a_number(recorded, tmp_path, name, at, value):
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "path" / "path.json"
+    about = json.loads(file.read_text())
+    about[name][at] = value
+    file.write_text(json.dumps(about))
+    with pytest.raises(disback.Refusal, match=f"{name} in {file}"):
+        folder.read_path(tmp_path / "path", {})
+
+
+def test_a_pipeline_of_pickles_alone_is_told_what_to_do(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(disback.Refusal, match="model.bin is to be saved again as safetensors"):
+        layout.find(str(tmp_path), tmp_path)
