@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import BACKTRACK, DEGRADE
+from conftest import BACKTRACK, DEGRADE, make
 from test_mistakes import refused
 
 import backtrack
@@ -19,7 +19,7 @@ import degrade
 import disback
 from imagenet64 import download, sample
 from runtime import command, files, folder, plots
-from sdxl import generate, layout, tiny
+from sdxl import generate, layout, model, problem, tiny
 
 
 def names(out):
@@ -138,6 +138,7 @@ def test_a_folder_in_a_files_place_is_refused_before_anything_goes(
         recorded, capsys, monkeypatch, tmp_path):
     shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
     (tmp_path / "metrics.json").mkdir()
+    (tmp_path / "student.safetensors").write_text("a student")
     before = names(tmp_path)
     line = refused(capsys, monkeypatch, degrade.main,
                    ["toy2d", "--out", tmp_path, *DEGRADE, "--overwrite"])
@@ -336,3 +337,18 @@ def test_a_pipeline_of_pickles_alone_is_told_what_to_do(tmp_path):
     (tmp_path / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(disback.Refusal, match="model.bin is to be saved again as safetensors"):
         layout.find(str(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("held", [[1, 2], torch.zeros(3), {"state_dict": {}}, {"a": 1}])
+def test_a_students_file_without_plain_weights_says_so(tmp_path, held):
+    torch.save(held, tmp_path / "x.bin")
+    with pytest.raises(disback.Refusal, match="x.bin .*no plain state_dict"):
+        model.load_unet(dict(tiny.unet().config), tmp_path / "x.bin")
+
+
+def test_another_models_pipeline_is_named_before_its_text_encoders_are_read(monkeypatch, tmp_path):
+    shutil.copytree(tiny.folder(files.cached("")), tmp_path, dirs_exist_ok=True)
+    files.save_json(tmp_path / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+    monkeypatch.setattr("sdxl.text.embed", lambda *_: pytest.fail("embedded"))
+    with pytest.raises(disback.Refusal, match="is not SDXL but StableDiffusionPipeline"):
+        make(problem, model=str(tmp_path))
