@@ -233,8 +233,6 @@ def check_finished(run: Path, problem: str) -> None:
         for line in read_log(run):
             for name in ("mismatch", "network_evals"):
                 check_number(run / "log.jsonl", name, line[name])
-            assert all(isinstance(value, int | float) for name, value in line.items()
-                       if name != "node"), f"{line} in log.jsonl"
     read_snapshots(run)
 
 
@@ -245,12 +243,14 @@ def check_number(file: Path, name: str, value: Any) -> None:
 
 
 def read_log(run: Path) -> list[dict]:
-    """The lines of a run's log; one that a kill has torn is left out."""
+    """The lines of a run's log, which name numbers; one that a kill has torn is left out."""
     file = run / "log.jsonl"
-    with files.blame(f"{file} is broken: remove the lines that are no JSON"):
+    with files.blame(f"{file} is broken: remove the lines that are not a step's numbers"):
         lines = [json.loads(line) for line in file.read_text().splitlines(True)
                  if line.endswith("\n")]
-        assert all(line["step"] >= 0 for line in lines)
+        for line in lines:
+            assert line["step"] >= 0 and all(isinstance(value, int | float) or name == "node"
+                                             for name, value in line.items()), line
     return lines
 
 

@@ -19,7 +19,7 @@ import degrade
 import disback
 from imagenet64 import download, sample
 from runtime import command, files, folder, plots
-from sdxl import generate, layout, model, problem, tiny
+from sdxl import figures, generate, layout, model, problem, tiny
 
 
 def names(out):
@@ -352,3 +352,27 @@ def test_another_models_pipeline_is_named_before_its_text_encoders_are_read(monk
     monkeypatch.setattr("sdxl.text.embed", lambda *_: pytest.fail("embedded"))
     with pytest.raises(disback.Refusal, match="is not SDXL but StableDiffusionPipeline"):
         make(problem, model=str(tmp_path))
+
+
+def test_a_number_that_a_log_lacks_is_a_gap_in_the_figure(finished, tmp_path):
+    file = finished / "log.jsonl"
+    file.write_text(file.read_text() + '{"step": 2}\n')
+    for draw in (lambda png: plots.draw_convergence(png, finished, None, "other", "", 1.0, ""),
+                 lambda png: figures.draw_mismatch(png, [finished])):
+        draw(tmp_path / "x.png")
+        (tmp_path / "x.png").unlink()
+
+
+@pytest.mark.parametrize("line", ['{"step": NaN}', "[1]", '{"step": "1"}', '{"step": -1}',
+                                  '{"step": 1, "swd": "a"}', '{"swd": 1}'])
+def test_a_line_of_the_log_that_cannot_be_is_refused(finished, line):
+    (finished / "log.jsonl").write_text(line + "\n")
+    with pytest.raises(disback.Refusal, match="log.jsonl is broken: remove the lines"):
+        folder.read_log(finished)
+
+
+def test_too_little_memory_is_said_where_the_error_says_nothing(capsys, monkeypatch):
+    def main(argv):
+        raise MemoryError
+
+    assert "out of memory (lower --batch)" in refused(capsys, monkeypatch, main, [])
