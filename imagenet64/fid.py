@@ -19,7 +19,7 @@ from tqdm import tqdm
 import disback
 from imagenet64 import download, features, problem, sample
 from imagenet64.frechet import Statistics, frechet_distance
-from runtime import command, files, folder, ranks, results
+from runtime import command, files, ranks, results
 
 SAVE_EVERY = 5000  # images between savings of a measurement that is under way
 
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> None:
     with ranks.first_rank_first():
         extractor, reference = (features.of_digits(device) if config.images == "digits"
                                 else features.of_inception(*inception_files(args), device))
-    folder.must_take_files(base.parent, "folder, for the result,")
+    files.must_take_files(base.parent, "folder, for the result,")
     name = f"{base.name}-{size}x{blocks}"
     under_way = base.with_name(name + ".partial.safetensors")
     result = measure(batches, results.SplitOverRanks(extractor), reference, size, blocks, under_way,

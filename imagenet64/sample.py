@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     file = args.to or default_name(args).with_suffix(".png")
     if file.suffix not in (".png", ".npz"):
         command.refuse(f"--to must be a .png or an .npz file, not {file}")
-    folder.must_take_files(file.parent, "--to")
+    files.must_take_files(file.parent, "--to")
     if args.images < 1 or not 0 <= args.seed < 2**63 - args.images:
         command.refuse("--images must be at least 1, --seed at least 0, and both below 2**63")
     ranks.join_ranks()

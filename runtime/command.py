@@ -26,7 +26,7 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
         end(130, "interrupted", str(interrupt))
     except Exception as error:
         if files.out_of_memory(error):
-            end(2, str(error), f"({memory})" if memory else "")
+            end(2, str(error) or "out of memory", f"({memory})" if memory else "")
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             end(2, "--compile failed: --no-compile runs without;", str(error)[:300])
         if isinstance(error, ModuleNotFoundError):

@@ -34,7 +34,9 @@ def blame(what: str) -> Iterator[None]:
         if out_of_memory(error):
             raise
         if isinstance(error, PermissionError):
-            raise Refusal(f"permission denied: {error.filename or what}") from error
+            place = pathlib.Path(error.filename or what)
+            place = place.parent if place.name.endswith(UNFINISHED) else place
+            raise Refusal(f"permission denied: {place}") from error
         why = getattr(error, "strerror", None) or str(error)[:300]
         raise Refusal(f"{what} ({type(error).__name__}: {why})") from error
 
@@ -68,6 +70,15 @@ def atomically(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None
             os.replace(beside, file)
 
 
+def must_take_files(folder: pathlib.Path, flag: str) -> None:
+    """Refuse a folder that cannot be made, or written to."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise Refusal(f"{there} is no folder: name another {flag}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Refusal(f"permission denied: {there}: name another {flag}")
+
+
 def sweep(*folders: pathlib.Path) -> None:
     """Remove what a killed run left half written in these folders of its own."""
     for folder in folders:
@@ -89,6 +100,7 @@ def save_tensors(file: pathlib.Path, tensors: dict[str, Tensor]) -> None:
 def load_net(file: pathlib.Path, net: nn.Module, remedy: str = "make it again") -> None:
     """Copy the weights in `file` over those of `net`, in place: all and only those, or Refusal."""
     with blame(f"{file} does not hold this network: {remedy}"):
+        file.open("rb").close()  # safetensors calls missing what it must not read
         load_strictly(net, load_file(file))
 
 
@@ -117,7 +129,10 @@ def cached(name: str) -> pathlib.Path:
     folder = os.path.expanduser(os.environ.get("DISBACK_CACHE") or "~/.cache/disback")
     if folder.startswith("~"):
         raise Refusal(f"{folder} is in no home: name the cache's folder by DISBACK_CACHE")
-    return pathlib.Path(folder, name)
+    file = pathlib.Path(folder, name)
+    if name and not file.exists():
+        must_take_files(file.parent, "cache by DISBACK_CACHE")
+    return file
 
 
 @contextlib.contextmanager

@@ -31,11 +31,11 @@ def draw_convergence(file: Path, out: Path, compare: Path | None, metric: str, l
         lines = read_log(run)
         metrics = files.load_json(run / "metrics.json", "finish that run first")
         stage1 = metrics["network_evals"]["stage1"]
-        at = [(stage1 + line["network_evals"]) / 1e6 for line in lines]
+        at = [(stage1 + line.get("network_evals", math.nan)) / 1e6 for line in lines]
         name = {"disback": "DisBack", "vsd": "VSD"}[metrics["method"]]
         name += f" (stage 1: {stage1 / 1e6:.2f} M)" if stage1 else ""
         top.plot(at, [line.get(metric, math.nan) for line in lines], color=color, label=name)
-        bottom.plot(at, [line["mismatch"] for line in lines], color=color, label=name)
+        bottom.plot(at, [line.get("mismatch", math.nan) for line in lines], color=color, label=name)
         if stage1:
             for axis in (top, bottom):
                 axis.axvspan(0, stage1 / 1e6, color=color, alpha=0.12, linewidth=0)

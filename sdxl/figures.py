@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Callable
+from math import nan
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ def draw_mismatch(file: Path, runs: list[Path]) -> None:
     figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
     for run, color in zip(runs, ("#b5452c", "#3a6ea5")):
         lines = read_log(run)
-        axis.plot([line["step"] for line in lines], [line["mismatch"] for line in lines],
+        axis.plot([line["step"] for line in lines], [line.get("mismatch", nan) for line in lines],
                   color=color, marker=".",
                   label=files.load_json(run / "metrics.json", "finish the run")["method"])
         held = moments(run)

@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
     with files.blame(f"--out takes a folder, which {out} is not"):
         if args.out or run in out.parents:  # else there may be no student
             out.mkdir(parents=True, exist_ok=True)
+            files.must_take_files(out, "--out")
     ranks.join_ranks()
     with ranks.first_rank_first():
         pipe, about = load(args.student, args.base)

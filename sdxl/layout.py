@@ -88,7 +88,9 @@ def find(model: str, cache: Path, flag: str = "--model") -> Path:
                 if not missing(folder):
                     break
     if lacking := missing(folder):
-        raise disback.Refusal(f"{folder} lacks {', '.join(lacking)}: "
+        pickled = [str(file.relative_to(folder)) for file in sorted(folder.glob("*/*.bin"))]
+        kept = f"; {pickled[0]} is to be saved again as safetensors by diffusers" if pickled else ""
+        raise disback.Refusal(f"{folder} lacks {', '.join(lacking)}{kept}: "
                               + files.remedy(folder, takes))
     for part in PARTS:
         for file in weights(folder, part)[0]:

@@ -81,14 +81,19 @@ def guide(net: Callable, x: Tensor, sigma: Tensor, cond: dict[str, Tensor],
 def load(folder: Path) -> tuple[UNet2DConditionModel, Tensor]:
     """The UNet in float32, and sigma [1000] of its timesteps, ascending. Refuses what is not SDXL,
     does not predict eps, or has another kind of noise schedule."""
+    must_be_sdxl(folder)
+    sigmas = load_sigmas(folder)  # first, as it takes no time
+    return load_part(UNet2DConditionModel, folder, "unet"), sigmas
+
+
+def must_be_sdxl(folder: Path) -> None:
+    """Refuse the pipeline of another model."""
     kind = files.load_json(folder / "model_index.json", "it is no pipeline").get("_class_name")
     config = files.load_json(folder / "unet" / "config.json", "it is no UNet's config")
     added = config.get("addition_embed_type")
     if kind != "StableDiffusionXLPipeline" or added != "text_time":
         raise disback.Refusal(f"{folder} is not SDXL but {kind} (addition_embed_type {added}): "
                               "name an SDXL base model by --model")
-    sigmas = load_sigmas(folder)  # first, as it takes no time
-    return load_part(UNet2DConditionModel, folder, "unet"), sigmas
 
 
 def load_part(kind: type, folder: Path, part: str) -> nn.Module:
@@ -145,6 +150,8 @@ def load_unet(config: dict, file: Path) -> UNet2DConditionModel:
             unet = UNet2DConditionModel.from_config(config)
         state = (load_file(file) if file.suffix == ".safetensors"
                  else torch.load(file, map_location="cpu", weights_only=True))
+        if not isinstance(state, dict) or not all(isinstance(w, Tensor) for w in state.values()):
+            raise ValueError("it holds no plain state_dict of tensors by their names")
         if all(name.startswith("unet.") for name in state):
             state = {name.removeprefix("unet."): value for name, value in state.items()}
         disback.must_fit(unet, state)

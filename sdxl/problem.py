@@ -86,6 +86,7 @@ def make(config: Config, seed: int = 0,
     prompts = text.read_prompts(config.prompts or text.SHIPPED)
     cache = files.cached("")
     folder = layout.find(config.model, cache)
+    model.must_be_sdxl(folder)  # before its text encoders are blamed for it
     bank = text.embed(folder, prompts, cache, device)
     teacher, sigmas = as_denoiser(*model.load(folder), config, device)
     vae = model.load_part(AutoencoderKL, folder, "vae")  # now: the figures come after days

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import pathlib
 import shutil
 import signal
 import stat
@@ -10,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import BACKTRACK, DEGRADE
+from conftest import BACKTRACK, DEGRADE, make
 from test_mistakes import refused
 
 import backtrack
@@ -18,7 +19,7 @@ import degrade
 import disback
 from imagenet64 import download, sample
 from runtime import command, files, folder, plots
-from sdxl import generate, layout, tiny
+from sdxl import figures, generate, layout, model, problem, tiny
 
 
 def names(out):
@@ -137,6 +138,7 @@ def test_a_folder_in_a_files_place_is_refused_before_anything_goes(
         recorded, capsys, monkeypatch, tmp_path):
     shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
     (tmp_path / "metrics.json").mkdir()
+    (tmp_path / "student.safetensors").write_text("a student")
     before = names(tmp_path)
     line = refused(capsys, monkeypatch, degrade.main,
                    ["toy2d", "--out", tmp_path, *DEGRADE, "--overwrite"])
@@ -282,3 +284,95 @@ def test_a_path_that_was_recorded_again_is_not_blamed_on_a_flag(tmp_path):
     with pytest.raises(disback.Refusal, match="recorded again") as refusal:
         folder.must_agree(tmp_path, {"path": "a"}, {"path": "b"})
     assert "--path" not in str(refusal.value)
+
+
+def test_a_cache_that_takes_no_files_is_refused_before_a_teacher_is_trained(
+        capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("toy2d.problem.train", lambda *_: pytest.fail("trained"))
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("DISBACK_CACHE", str(tmp_path / "file"))
+    line = refused(capsys, monkeypatch, degrade.main, ["toy2d", "--out", tmp_path / "r", *DEGRADE])
+    assert str(tmp_path / "file") in line and "DISBACK_CACHE" in line
+
+
+def test_a_closed_folder_is_named_and_not_the_hidden_one_in_it(monkeypatch, tmp_path):
+    def closed(*_):
+        raise PermissionError(13, "Permission denied", str(tmp_path / ".a.x1y2z3w4.unfinished"))
+
+    monkeypatch.setattr(files.tempfile, "TemporaryDirectory", closed)
+    with pytest.raises(disback.Refusal, match=f"^permission denied: {tmp_path}$"):
+        files.atomically(tmp_path / "a", lambda _: None)
+
+
+@pytest.mark.parametrize("read", [
+    lambda file: files.load_net(file, torch.nn.Linear(1, 1)),
+    lambda file: folder.read_path(file.parent, {})])
+def test_a_file_that_must_not_be_read_is_not_called_missing(recorded, monkeypatch, read):
+    file, opened = recorded / "path" / "01.safetensors", pathlib.Path.open
+
+    def shut(path, *mode):
+        if path == file:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *mode)
+
+    monkeypatch.setattr(pathlib.Path, "open", shut)
+    with pytest.raises((disback.Refusal, PermissionError), match=f"(?i)permission denied.*{file}"):
+        read(file)
+
+
+@pytest.mark.parametrize("name, at, value", [
+    ("steps", 1, "many"), ("steps", 2, -1), ("positions", 1, float("nan")), ("positions", 2, None)])
+def test_every_step_and_position_of_a_path_is_a_number(recorded, tmp_path, name, at, value):
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "path" / "path.json"
+    about = json.loads(file.read_text())
+    about[name][at] = value
+    file.write_text(json.dumps(about))
+    with pytest.raises(disback.Refusal, match=f"{name} in {file}"):
+        folder.read_path(tmp_path / "path", {})
+
+
+def test_a_pipeline_of_pickles_alone_is_told_what_to_do(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(disback.Refusal, match="model.bin is to be saved again as safetensors"):
+        layout.find(str(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("held", [[1, 2], torch.zeros(3), {"state_dict": {}}, {"a": 1}])
+def test_a_students_file_without_plain_weights_says_so(tmp_path, held):
+    torch.save(held, tmp_path / "x.bin")
+    with pytest.raises(disback.Refusal, match="x.bin .*no plain state_dict"):
+        model.load_unet(dict(tiny.unet().config), tmp_path / "x.bin")
+
+
+def test_another_models_pipeline_is_named_before_its_text_encoders_are_read(monkeypatch, tmp_path):
+    shutil.copytree(tiny.folder(files.cached("")), tmp_path, dirs_exist_ok=True)
+    files.save_json(tmp_path / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+    monkeypatch.setattr("sdxl.text.embed", lambda *_: pytest.fail("embedded"))
+    with pytest.raises(disback.Refusal, match="is not SDXL but StableDiffusionPipeline"):
+        make(problem, model=str(tmp_path))
+
+
+def test_a_number_that_a_log_lacks_is_a_gap_in_the_figure(finished, tmp_path):
+    file = finished / "log.jsonl"
+    file.write_text(file.read_text() + '{"step": 2}\n')
+    for draw in (lambda png: plots.draw_convergence(png, finished, None, "other", "", 1.0, ""),
+                 lambda png: figures.draw_mismatch(png, [finished])):
+        draw(tmp_path / "x.png")
+        (tmp_path / "x.png").unlink()
+
+
+@pytest.mark.parametrize("line", ['{"step": NaN}', "[1]", '{"step": "1"}', '{"step": -1}',
+                                  '{"step": 1, "swd": "a"}', '{"swd": 1}'])
+def test_a_line_of_the_log_that_cannot_be_is_refused(finished, line):
+    (finished / "log.jsonl").write_text(line + "\n")
+    with pytest.raises(disback.Refusal, match="log.jsonl is broken: remove the lines"):
+        folder.read_log(finished)
+
+
+def test_too_little_memory_is_said_where_the_error_says_nothing(capsys, monkeypatch):
+    def main(argv):
+        raise MemoryError
+
+    assert "out of memory (lower --batch)" in refused(capsys, monkeypatch, main, [])

@@ -160,8 +160,9 @@ def draw_mechanism(file: Path, runs: list[Path], data: Mixture) -> None:
     for run, color in zip(runs, (STUDENT, OTHER)):
         lines = read_log(run)
         for axis, (name, title) in zip(axes.flat, panels.items()):
-            axis.plot([line["step"] for line in lines], [line[name] for line in lines], ".-",
-                      color=color, label=method_of(run))
+            axis.plot([line["step"] for line in lines],
+                      [line.get(name, np.nan) for line in lines], ".-", color=color,
+                      label=method_of(run))
             axis.set_title(title, fontsize=10)
             for step, _ in switches(read_snapshots(run)):
                 axis.axvline(step, color=color, linewidth=0.8, linestyle=":")
