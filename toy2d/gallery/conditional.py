@@ -57,5 +57,4 @@ def guided(net: Callable, scale: Tensor | float) -> Callable:
     def answer(x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
         null = net(x, sigma)
         return null + scale * (net(x, sigma, cond) - null)
-
     return answer

@@ -12,6 +12,10 @@ from runtime.plots import DATA, STUDENT, TARGET, plt, save
 from toy2d import metrics, mixture
 
 BEGIN, END = "<!-- the table -->", "<!-- its end -->"
+HEADING = """Seed 0.  Grey: data.  Blue: samples of the student.  Orange: the same, backtracked.
+In brackets: where the student starts (off: untrained, far from the data; copy: as the teacher)
+and where the teacher is asked (S: at noised samples of the student; P: at the student's guess
+of a trajectory; X: at noised data; J: on the teacher's own trajectories)"""
 
 
 def write(out: Path, lines: list[dict], methods: tuple[str, ...]) -> None:
@@ -27,7 +31,7 @@ def write(out: Path, lines: list[dict], methods: tuple[str, ...]) -> None:
         before, _, rest = page.read_text().partition(BEGIN)
         whole = before + BEGIN + "\n\n" + text + "\n" + END + rest.partition(END)[2]
         files.atomically(page, lambda beside: beside.write_text(whole))
-    draw(out, rows, done)
+    draw(out, rows, methods)
 
 
 def spread(values: list[float], digits: int = 3) -> str:
@@ -108,78 +112,84 @@ def analogues(rows: dict, methods: list[str]) -> list[str]:
     return table
 
 
-def draw(out: Path, rows: dict, methods: list[str]) -> None:
-    """A square a method: grey the data, blue the student, orange the backtracked one beside it."""
-    figure, axes = plt.subplots(5, 4, figsize=(12, 9.4), layout="constrained")
+def draw(out: Path, rows: dict, methods: tuple[str, ...]) -> None:
+    """Samples of every method of the plane with seed 0, and a plot for each of the others."""
+    figure = plt.figure(figsize=(9, 12.5), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(5, 1.05))
+    above.suptitle(HEADING, fontsize=9)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         points = mixture.ring().sample(1500)
-    special = {"hipa": signal, "distillspec": acceptance, "pvd": fields, "stepbystep": examples}
-    for axis, method in zip(axes.flat, methods):
+    analogues = {"hipa": signal, "distillspec": acceptance, "pvd": fields, "stepbystep": examples}
+    for axis, method in zip((*above.subplots(5, 3).flat, *below.subplots(1, 4).flat), methods):
         module = importlib.import_module(f"toy2d.gallery.{method}")
-        axis.set_title(module.NAME, fontsize=9)
-        if method in special:
-            special[method](axis, out, rows)
+        axis.tick_params(labelsize=7)
+        if (method, "", False, 1) not in rows:
+            axis.set_axis_off()
+        elif method in analogues:
+            axis.set_title(f"{module.NAME}:\n{analogues[method].__doc__}", fontsize=8)
+            analogues[method](axis, out, rows)
         else:
-            clouds(axis, out, method, points)
-    for axis in axes.flat[len(methods):]:
-        axis.set_axis_off()
-    figure.suptitle("One seed. Grey: data.  Blue: the student.  Orange, to its right: backtracked")
+            axis.set_title(f"{module.NAME}  ({module.START}; {module.QUERIES})", fontsize=9)
+            clouds(axis, out, rows, method, points)
     save(figure, out / "gallery.png")
 
 
-def clouds(axis: plt.Axes, out: Path, method: str, points: torch.Tensor) -> None:
-    for i, (suffix, color) in enumerate((("", STUDENT), ("-backtrack", TARGET))):
-        file = out / "clouds" / f"{method}{suffix}.safetensors"
-        if file.exists():
-            shift = torch.tensor([6.6 * i, 0.0])
-            axis.plot(*(points + shift).T, ".", color=DATA, markersize=1)
-            axis.plot(*(load_file(file)["x"] + shift).T, ".", color=color, markersize=0.8)
-    axis.set(xlim=(-3.3, 9.9), ylim=(-3.3, 3.3), xticks=[], yticks=[], aspect="equal")
+def clouds(axis: plt.Axes, out: Path, rows: dict, method: str, points: torch.Tensor) -> None:
+    axis.set(xlim=(-3.3, 9.9), ylim=(-4.3, 3.3), xticks=[], yticks=[], aspect="equal")
+    for left, back, color in ((0.0, False, STUDENT), (6.6, True, TARGET)):
+        lines = rows.get((method, "", back, 1), [{"seed": None}])
+        if lines[0]["seed"] == 0:
+            cloud = load_file(out / "clouds" / f"{method}{back * '-backtrack'}.safetensors")["x"]
+            for x, paint, size in ((points, DATA, 1), (cloud, color, 0.8)):
+                axis.plot(x[:, 0] + left, x[:, 1], ".", color=paint, markersize=size)
+            axis.text(left, -4, f"SWD {lines[0]['swd']:.2f}", fontsize=8, ha="center")
+        else:
+            axis.text(left, 0, "not defined", fontsize=8, ha="center", color="#808080")
 
 
-def first(rows: dict, *key: object) -> dict:
-    return rows[key][0]["numbers"] if key in rows else {}
+def first(rows: dict, method: str, back: bool = False) -> dict:
+    return rows[method, "", back, 1][0]["numbers"]
 
 
 def signal(axis: plt.Axes, out: Path, rows: dict) -> None:
-    found = first(rows, "hipa", "", False, 1)
-    names = ("one step", "squares", "patched", "many steps")
+    """amplitude of two waves, 1 is right"""
+    found, names = first(rows, "hipa"), ("one step", "squares", "patched", "many steps")
     for shift, wave, color in ((-0.2, "low", DATA), (0.2, "high", STUDENT)):
         axis.bar([i + shift for i in range(4)], [found[f"{wave}, {name}"] for name in names], 0.4,
                  color=color, label=wave)
-    axis.set_xticks(range(4), ("one step", "L2 patch", "+ high", "many"), fontsize=7)
-    axis.set_ylabel("amplitude", fontsize=8)
-    axis.legend(fontsize=7)
+    axis.set_xticks(range(4), ("one\nstep", "patch:\nsquares", "patch:\n+ high", "many\nsteps"))
+    axis.set(ylim=(0, 1.3))
+    axis.legend(fontsize=7, ncols=2, loc="upper center")
 
 
 def acceptance(axis: plt.Axes, out: Path, rows: dict) -> None:
+    """share of tokens accepted"""
     names = ("without", "FKL", "RKL", "JSD", "TVD")
     for shift, back, color in ((-0.2, False, STUDENT), (0.2, True, TARGET)):
-        found = first(rows, "distillspec", "", back, 1)
-        if found:
-            axis.bar([i + shift for i in range(5)], [found[name] for name in names], 0.4,
-                     color=color)
-    axis.set_xticks(range(5), ("before", *names[1:]), fontsize=7)
+        if ("distillspec", "", back, 1) in rows:
+            sizes = [first(rows, "distillspec", back)[name] for name in names]
+            axis.bar([i + shift for i in range(5)], sizes, 0.4, color=color)
+    axis.set_xticks(range(5), ("before", *names[1:]))
     axis.set(ylim=(0.85, 1))
-    axis.set_ylabel("acceptance", fontsize=8)
 
 
 def fields(axis: plt.Axes, out: Path, rows: dict) -> None:
+    """the field after 200 steps"""
     found = load_file(out / "clouds" / "pvd.safetensors")
     both = [found[name].view(48, 48).T for name in ("from rays", "distilled")]
     axis.imshow(torch.cat(both, dim=1), origin="lower", cmap="magma", vmax=found["distilled"].max())
-    axis.set(xticks=[12, 36], yticks=[])
-    axis.set_xticklabels(("from rays", "distilled"), fontsize=7)
+    axis.set_xticks((24, 72), ("from rays", "distilled"))
+    axis.set_yticks([])
 
 
 def examples(axis: plt.Axes, out: Path, rows: dict) -> None:
-    found = first(rows, "stepbystep", "", False, 1)
-    for task, color in (("label", DATA), ("rationale", STUDENT)):
-        axis.plot((100, 400, 1600), [found[f"{task}, {n}"] for n in (100, 400, 1600)], "o-",
-                  color=color, label={"label": "label only", "rationale": "with rationale"}[task])
+    """accuracy over examples"""
+    found, sizes = first(rows, "stepbystep"), (100, 400, 1600)
+    for task, name, color in (("label", "label only", DATA),
+                              ("rationale", "with rationale", STUDENT)):
+        axis.plot(sizes, [found[f"{task}, {n}"] for n in sizes], "o-", color=color, label=name)
     axis.set_xscale("log")
-    axis.set_xticks((100, 400, 1600), ("100", "400", "1600"), fontsize=7)
+    axis.set_xticks(sizes, ("100", "400", "1600"))
     axis.minorticks_off()
-    axis.set_ylabel("accuracy", fontsize=8)
     axis.legend(fontsize=7)
