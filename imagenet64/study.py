@@ -26,7 +26,8 @@ from runtime.plots import DATA, OTHER, STUDENT, plt, readable, save
 from runtime.study import Lines, Rates, Study, median_interval, of, quiet, rates_of, words
 
 FOLDER = Path(__file__).parent / "study"
-BUDGET, POINTS = 80, 3  # iterations of plain VSD; of these so many are looked at
+BUDGET, POINTS = 80, 3  # iterations of plain VSD; times at which student and fake are looked at
+SAMPLES = 400  # images that are looked at
 # Settings that let a run end within a minute on one core; see README.md for how they were found.
 CELLS = {"digits": {"both": {"batch": 16}, "stage1": {"steps": 20, "nodes": 4, "lr_degrade": 1e-3},
                     "stage2": {"interval": 4, "ema": 0.9}}}
@@ -80,8 +81,8 @@ def distil(out: Path, flags: dict) -> dict:
 
 
 class Diagnosis:
-    """diagnosis(student, fake) -> what toy2d/diagnosis.py measures, of 400 images of the student
-    itself, forty a label, from fixed random numbers.
+    """diagnosis(student, fake) -> what toy2d/diagnosis.py measures, of images of the student
+    itself, as many of each label, from fixed random numbers.
 
     spread: the deviation of a pixel over images of one label, over the data's. bias: per pixel, of
     E[D(x0 + sigma eps) - x0], over sigma + 0.5, the mean over LEVELS. But for chance, about 0.01,
@@ -91,9 +92,9 @@ class Diagnosis:
         self.generate = problem.generate
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(2)
-            self.z, _ = problem.sample_inputs(400)
+            self.z, _ = problem.sample_inputs(SAMPLES)
             self.eps = torch.randn_like(self.z)
-        self.cond = problem.snapshot()[1].repeat(10, 1)  # the ten labels in order, forty times
+        self.cond = problem.snapshot()[1][:10].repeat(SAMPLES // 10, 1)  # the labels in order
         images, classes = digits.load()
         self.of_data = deviation([images[classes == label] for label in range(10)])
 
@@ -126,12 +127,11 @@ def summary(lines: Lines) -> list[dict]:
     """Of every arm and rate the medians, least and most of the seeds; and the distance over plain
     VSD's at the same rate and k, paired by seed: its median, and the interval of that."""
     rows = []
-    for arm in ARMS:
+    for arm, vsd in zip(ARMS, ("vsd", "vsd", "vsd k2", "vsd k2")):
         for rates in rates_of(lines, "digits", arm):
-            runs = of(lines, "digits", arm, rates)
-            vsd = of(lines, "digits", arm.replace("disback", "vsd"), rates)
-            ratios = [number(runs[seed], "frechet") / number(vsd[seed], "frechet")
-                      for seed in runs.keys() & vsd]
+            runs, theirs = (of(lines, "digits", name, rates) for name in (arm, vsd))
+            ratios = [number(runs[seed], "frechet") / number(theirs[seed], "frechet")
+                      for seed in runs.keys() & theirs]
             row = {"arm": arm, "rate": rates[0], "runs": len(runs)}
             for name in ("frechet", "spread", "bias"):
                 values = [number(run, name) for run in runs.values()]
@@ -167,6 +167,7 @@ def draw(out: Path, lines: Lines) -> None:
 
 
 def draw_arm(axis: plt.Axes, lines: Lines, arm: str, name: str) -> None:
+    """Every seed as a point, and a line through the medians."""
     found = {rates[0]: [number(run, name) for run in of(lines, "digits", arm, rates).values()]
              for rates in rates_of(lines, "digits", arm)}
     for rate, values in found.items():

@@ -148,6 +148,11 @@ def of(lines: Lines, cell: str, arm: str, rates: Rates) -> dict[int, dict]:
             if key[:2] == (cell, arm) and key[3] == rates}
 
 
+def pooled(lines: Lines, cell: str, arm: str, rates: list[Rates]) -> list[dict]:
+    """The runs at all these rates together."""
+    return [run for pair in rates for run in of(lines, cell, arm, pair).values()]
+
+
 def wilson(count: int, n: int) -> tuple[float, float, float]:
     """The share of n runs, and Wilson's 95% interval."""
     interval = binomtest(count, n).proportion_ci(method="wilson")

@@ -217,9 +217,8 @@ def test_a_ratio_is_paired_by_seed():
 
 
 def test_the_figures_are_redrawn_identically_from_the_lines(tmp_path):
-    lines = [line(cell, arm, seed, swd=0.2 + 0.1 * seed)
-             for cell in ("4D d8", "2D d8", "2D d4") for arm in ("vsd", "disback", "forward")
-             for seed in (0, 1, 2, 3, 200)]
+    lines = [line("4D d8", arm, seed, swd=0.2 + 0.1 * seed)
+             for arm in ("vsd", "disback", "forward") for seed in (0, 1, 200)]
     drawn = []
     for name, order in (("one", lines), ("two", lines[::-1])):  # processes end in any order
         (tmp_path / name).mkdir()
@@ -227,14 +226,14 @@ def test_the_figures_are_redrawn_identically_from_the_lines(tmp_path):
         drawn.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
     assert len(drawn[0]) == 6 and drawn[0] == drawn[1]
     rows = json.loads(drawn[0]["summary.json"])
-    assert [row["runs"] for row in rows["seeds"]] == 18 * [4]
-    assert [row["runs"] for row in rows["fresh seeds"]] == 18 * [1]
+    assert [row["runs"] for row in rows["seeds"]] == 6 * [2]
+    assert [row["runs"] for row in rows["fresh seeds"]] == 6 * [1]
 
 
 def test_the_summary_is_that_of_the_lines(tmp_path):
-    study_figures.draw(tmp_path, STUDY.read(study.FOLDER / "lines.jsonl"), study.FRESH)
-    assert (tmp_path / "summary.json").read_bytes() == (study.FOLDER /
-                                                        "summary.json").read_bytes()
+    study_figures.write_summary(tmp_path / "again.json", *study_figures.split(
+        STUDY.read(study.FOLDER / "lines.jsonl"), study.FRESH))
+    assert (tmp_path / "again.json").read_bytes() == (study.FOLDER / "summary.json").read_bytes()
 
 
 @pytest.mark.parametrize("argv, cause", [(["--jobs", "0"], "--jobs"), (["--fast"], "--fast")])

@@ -19,6 +19,7 @@ from runtime.study import (
     median_interval,
     of,
     paired_ratio,
+    pooled,
     rates_of,
     wilson,
 )
@@ -43,15 +44,14 @@ def arrived(runs: list[dict]) -> tuple[float, float, float]:
     return wilson(sum(end(run) <= ARRIVED for run in runs), len(runs))
 
 
-def pooled(lines: Lines, cell: str, arm: str, rates: list[Rates]) -> list[dict]:
-    """The runs at all these rates together."""
-    return [run for pair in rates for run in of(lines, cell, arm, pair).values()]
-
-
 def common(lines: Lines, cell: str) -> list[Rates]:
     """The rates that VSD and DisBack have both."""
     disback = rates_of(lines, cell, "disback")
     return [rates for rates in rates_of(lines, cell, "vsd") if rates in disback]
+
+
+def seeds_of(lines: Lines, cell: str) -> int:
+    return len({key[2] for key in lines if key[0] == cell})
 
 
 def cost(run: dict) -> float:
@@ -110,9 +110,8 @@ def summary(lines: Lines) -> list[dict]:
 
 def draw(out: Path, lines: Lines, fresh: tuple[int, ...]) -> None:
     """Write summary.json and the figures to `out`; what has no lines yet is left out."""
-    judged = {key: lines[key] for key in sorted(lines) if key[2] not in fresh}
-    write_summary(out / "summary.json", judged,
-                  {key: run for key, run in lines.items() if key[2] in fresh})
+    judged, confirming = split(lines, fresh)
+    write_summary(out / "summary.json", judged, confirming)
     both = [cell for cell in dict.fromkeys(key[0] for key in judged) if common(judged, cell)]
     figures = {
         "window": (draw_window, [cell for cell in both if len(common(judged, cell)) > 1]),
@@ -125,6 +124,14 @@ def draw(out: Path, lines: Lines, fresh: tuple[int, ...]) -> None:
     for name, (figure, cells) in figures.items():
         if cells:
             save(figure(judged, cells), out / f"{name}.png")
+
+
+def split(lines: Lines, fresh: tuple[int, ...]) -> tuple[Lines, Lines]:
+    """The runs that sentences are written from, and those of fresh seeds."""
+    judged, confirming = {}, {}
+    for key in sorted(lines):
+        (confirming if key[2] in fresh else judged)[key] = lines[key]
+    return judged, confirming
 
 
 def write_summary(file: Path, judged: Lines, fresh: Lines) -> None:
@@ -163,8 +170,7 @@ def draw_window(lines: Lines, cells: list[str]) -> plt.Figure:
                                                   for rates in alike])
                 axis.errorbar(at, middle, [middle - low, high - middle], color=COLORS[arm],
                               capsize=3, marker="o", label=NAMES[arm])
-        seeds = len({key[2] for key in lines if key[0] == cell})
-        axis.set(title=f"{cell}: {seeds} seeds", xscale="log", ylim=(-0.03, 1.03),
+        axis.set(title=f"{cell}: {seeds_of(lines, cell)} seeds", xscale="log", ylim=(-0.03, 1.03),
                  xlabel="learning rate of student and fake")
         ticks = sorted({key[3][0] for key in lines if key[0] == cell})
         axis.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
@@ -216,9 +222,12 @@ def draw_cost(lines: Lines, cells: list[str]) -> plt.Figure:
                 axis.errorbar(middle, i + 0.15 * (j - 1.5), color=COLORS[arm], marker="o",
                               xerr=[[middle - low], [high - middle]], capsize=3, label=NAMES[arm])
     axis.axvline(1, color=DATA)
-    axis.set_yticks(range(len(cells)), cells)
-    axis.set(xlabel=f"evaluations to SWD {LEVEL} ÷ plain VSD's, both at their best rates "
-             "(3: or more)", xlim=(0, 3.05), ylim=(len(cells) - 0.5, -0.5))
+    axis.set_yticks(range(len(cells)), [
+        f"{cell}\n{seeds_of(lines, cell)} seeds, {len(common(lines, cell))} rates"
+        for cell in cells])
+    axis.set(xlabel=f"evaluations to SWD {LEVEL} ÷ plain VSD's, each at its best rate "
+             "(left of 1: cheaper; 3: or more)", xlim=(0, 3.05), ylim=(len(cells) - 0.5, -0.5))
+    axis.grid(alpha=0.25)
     legend(figure, 4)
     return figure
 
