@@ -1,20 +1,162 @@
-"""What studies share: a line a run, written as it ends, and the statistics of such lines."""
+"""What studies share: their command line, the lines of their runs, and statistics of such lines.
 
+A job is a seed of an arm in a cell at several learning rates. It leaves one JSON line, from which
+alone the figures are drawn; a study that was stopped goes on.
+"""
+
+import argparse
 import contextlib
 import fcntl
+import functools
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import signal
 import threading
+import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import binomtest
+from tqdm import tqdm
 
 from disback import Refusal
+from runtime import command, files
+
+Rates = tuple[float, float]  # of student and fake
+Run = tuple[str, str, int, Rates]  # cell, arm, seed
+Job = tuple[str, str, int, tuple[Rates, ...]]
+Lines = dict[Run, dict]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a problem's study is made of. `cells` and `arms` hold flags. A plan is a list of (cells,
+    arms, rates, seeds), in the order in which they are run."""
+
+    doc: str
+    folder: Path
+    cells: dict[str, dict]
+    arms: dict[str, dict]
+    plan: list[tuple]
+    quick: list[tuple]  # a plan of some minutes
+    advance: Callable  # (cell, arm, seed, rates) -> what a line tells, in lists that go with rates
+    draw: Callable  # (folder, lines): the figures
+    alone: tuple[str, ...] = ()  # arms whose rates are jobs of their own
+
+    def settings(self, cell: str, arm: str) -> int:
+        """A number that changes with the flags."""
+        return zlib.crc32(repr((self.cells[cell], self.arms[arm])).encode())
+
+    def main(self, argv: Sequence[str]) -> None:
+        parser = argparse.ArgumentParser("study.py", description=self.doc, allow_abbrev=False)
+        parser.error = command.refuse
+        parser.add_argument("--quick", action="store_true", help="some minutes, in runs/study")
+        parser.add_argument("--jobs", type=int, default=os.cpu_count(),
+                            help="processes (all cores)")
+        parser.add_argument("--figures-only", action="store_true",
+                            help="draw the lines that are there")
+        args = parser.parse_args(argv)
+        if args.jobs < 1:
+            command.refuse(f"--jobs must be at least 1, not {args.jobs}")
+        file = (Path("runs/study") if args.quick else self.folder) / "lines.jsonl"
+        if args.figures_only and not file.exists():
+            raise Refusal(f"{file} does not exist: run the study first")
+        if not args.figures_only:
+            self.run(self.quick if args.quick else self.plan, file, args.jobs)
+        self.draw(file.parent, self.read(file))
+
+    def run(self, plan: list[tuple], file: Path, processes: int) -> None:
+        """Run what the lines in a file lack of a plan."""
+        with appending(file) as append:
+            todo = list(self.jobs(plan, self.read(file)))
+            context = multiprocessing.get_context("spawn")
+            with context.Pool(processes, follow_parent) as pool:
+                for line in tqdm(pool.imap_unordered(functools.partial(execute, self), todo),
+                                 "jobs", len(todo)):
+                    append(line)
+
+    def jobs(self, plan: list[tuple], lines: Lines) -> Iterator[Job]:
+        """What the lines lack; each run once."""
+        seen = set(lines)
+        for cells, arms, rates, seeds in plan:
+            for cell, seed, arm in itertools.product(cells, seeds, arms):
+                left = [pair for pair in rates if (cell, arm, seed, pair) not in seen]
+                seen |= {(cell, arm, seed, pair) for pair in left}
+                groups = [[pair] for pair in left] if arm in self.alone else [left]
+                yield from ((cell, arm, seed, tuple(group)) for group in groups if group)
+
+    def read(self, file: Path) -> Lines:
+        """Every run of a file. Refuses by its number a line that is corrupt, of other settings, or
+        of a run that was there before."""
+        lines, texts = {}, file.read_bytes().splitlines(True) if file.exists() else []
+        for number, text in enumerate(texts, 1):
+            with files.blame(f"{file}, line {number}, is of no use: remove it to repeat its runs"):
+                line = json.loads(text)
+                assert text.endswith(b"\n"), "it was cut off"
+                found = runs_of(line)
+                settings = self.settings(line["cell"], line["arm"])
+                assert line["settings"] == settings, "of other settings"
+                assert not found.keys() & lines.keys(), "it repeats a run"
+            lines |= found
+        return lines
+
+
+def execute(study: Study, job: Job) -> dict:
+    """A job's line."""
+    began, (cell, arm, seed, rates) = time.perf_counter(), job
+    found = study.advance(*job)
+    return {"cell": cell, "arm": arm, "seed": seed, "rates": rates,
+            "settings": study.settings(cell, arm),
+            "seconds": round(time.perf_counter() - began, 1), **rounded(found)}
+
+
+def rounded(value: object) -> object:
+    """Three digits are kept; null stands for what is not finite."""
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.3g}") if math.isfinite(value) else None
+    return value
+
+
+def runs_of(line: dict) -> Lines:
+    """The runs of a job's line: each has its own of every list, and of those in "final"."""
+    lists = {name: value for name, value in line.items() if isinstance(value, list)}
+    return {(line["cell"], line["arm"], line["seed"], tuple(pair)):
+            {"steps": line["steps"], "stage1": line["stage1"],
+             "final": {name: ends[i] for name, ends in line["final"].items()},
+             **{name: value[i] for name, value in lists.items()}}
+            for i, pair in enumerate(line["rates"])}
+
+
+def rates_of(lines: Lines, cell: str, arm: str) -> list[Rates]:
+    return sorted({key[3] for key in lines if key[:2] == (cell, arm)})
+
+
+def of(lines: Lines, cell: str, arm: str, rates: Rates) -> dict[int, dict]:
+    """The runs by seed."""
+    return {key[2]: run for key, run in sorted(lines.items(), key=lambda item: item[0])
+            if key[:2] == (cell, arm) and key[3] == rates}
+
+
+def pooled(lines: Lines, cell: str, arm: str, rates: list[Rates]) -> list[dict]:
+    """The runs at all these rates together."""
+    return [run for pair in rates for run in of(lines, cell, arm, pair).values()]
+
+
+def wilson(count: int, n: int) -> tuple[float, float, float]:
+    """The share of n runs, and Wilson's 95% interval."""
+    interval = binomtest(count, n).proportion_ci(method="wilson")
+    return count / n, float(interval.low), float(interval.high)
 
 
 def words(flags: dict) -> list[str]:

@@ -1,18 +1,18 @@
-"""The study of images: equal budgets, every run once, and a figure from the lines alone."""
+"""The study of images: equal budgets, what is measured on the way, and figures of the lines."""
 
-import contextlib
-import json
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
-import disback
-from imagenet64 import problem, study
+from imagenet64 import digits, problem, study
+from imagenet64.study import STUDY
+from runtime.study import runs_of
 
-GRID = dict(
-    STARTS={"untrained": "An untrained student"}, BOTH={"teacher_steps": 2, "batch": 8},
-    STAGE1={"untrained": {"steps": 4, "nodes": 2}}, BUDGET={"untrained": 9}, POINTS=3,
-    LEVELS={"untrained": (50,)}, RATES={"untrained": (1e-3, 1e-2)}, TUNING=(100,), SEEDS=(0, 1))
+SMALL = {"both": {"batch": 8, "teacher_steps": 2}, "stage1": {"steps": 4, "nodes": 2},
+         "stage2": {"interval": 1}}
 
 
 class Evaluation:
@@ -22,113 +22,92 @@ class Evaluation:
         pass
 
     def __call__(self, student):
-        weight = next(student.parameters())
-        return {"frechet": weight.square().mean().item(), "accuracy": 0.5}
-
-    def of_halves(self):
-        return 1.0
+        return {"frechet": next(student.parameters()).square().mean().item(), "accuracy": 0.5}
 
 
-@pytest.fixture(autouse=True)
-def small(small_digits, tmp_path, monkeypatch):
-    """A grid of two arms, two rates and two judging seeds, and files of its own."""
-    files = {"FILE": tmp_path / "lines.jsonl", "FIGURE": tmp_path / "study.png"}
-    for name, value in (GRID | files).items():
-        monkeypatch.setattr(study, name, value)
+@pytest.fixture
+def small(small_digits, monkeypatch):
+    """A network, a batch and a budget that take no time."""
+    monkeypatch.setattr(study, "BUDGET", 12)
+    monkeypatch.setattr(study, "SAMPLES", 20)
+    monkeypatch.setitem(study.CELLS, "digits", SMALL)
     monkeypatch.setattr(problem, "Evaluation", Evaluation)
 
 
-def line(run, ends=(90.0, 9.0)):
-    """A line as a run leaves it, whose distance falls to the last of `ends`."""
-    start, arm, seed, rate = run
-    return {"start": start, "arm": arm, "seed": seed, "rate": rate, "stage1": 0,
-            "settings": study.settings(start), "frechet": list(ends),
-            "evals": [1000 * (i + 1) for i in range(len(ends))],
-            "final": {"frechet": ends[-1], "accuracy": 0.5, "spread": 0.1}}
+@pytest.mark.parametrize("arm", ["vsd k2", "disback"])
+def test_what_stage_1_and_more_updates_of_the_fake_take_iterations_lack(arm, small):
+    found = study.advance("digits", arm, 0, ((1e-3, 1e-3), (1e-2, 1e-3)))
+    budget, an_iteration = 12 * 8 * 8, (12 if "k2" in arm else 8) * 8
+    assert (found["stage1"] > 0.15) == ("disback" in arm)
+    spent = found["stage1"] * budget + found["steps"] * an_iteration
+    assert budget - an_iteration < spent <= budget
+    (run, other) = runs_of({"cell": "digits", "arm": arm, "seed": 0, "rates": [[1, 1], [2, 2]],
+                            **found}).values()
+    assert run["final"] != other["final"] and len(run["spread"]) == study.POINTS
+    assert all(0 < value < 9 for name in ("spread", "bias") for value in run[name])
 
 
-def write(lines):
-    study.FILE.write_text("".join(json.dumps(found) + "\n" for found in lines))
+def test_a_run_that_diverges_is_a_line_and_counts_as_infinitely_far(small):
+    found = study.advance("digits", "vsd", 0, ((1e30, 1e30),))
+    (run,) = runs_of({"cell": "digits", "arm": "vsd", "seed": 0, "rates": [[1, 1]],
+                      **found}).values()
+    assert math.isnan(run["final"]["frechet"]) and len(run["bias"]) == study.POINTS
+    kept = {"final": {"frechet": None}, "spread": [None] * 3, "bias": [None] * 3}  # as it is read
+    assert {study.number(kept, name) for name in ("frechet", "spread", "bias")} == {math.inf}
 
 
-def test_what_stage_1_takes_stage_2_lacks():
-    vsd, ours = (study.execute(("untrained", arm, 0, 1e-3)) for arm in study.ARMS)
-    assert vsd["stage1"] == 0 and ours["stage1"] > 4 * 4 * 8
-    for found in (vsd, ours):
-        assert found["evals"][-1] == found["stage1"] + 8 * 8 * found["steps"]
-        assert found["frechet"][-1] == pytest.approx(found["final"]["frechet"], abs=1e-3)
-    assert vsd["evals"][-1] - 8 * 8 < ours["evals"][-1] <= vsd["evals"][-1] == 9 * 8 * 8
+def test_spread_is_that_within_labels_and_a_fakes_bias_is_measured_as_what_it_is():
+    state = torch.get_rng_state()
+    diagnosis = study.Diagnosis(SimpleNamespace(
+        generate=lambda student, z, cond: 10 * cond.argmax(dim=1)[:, None, None, None] + 0.3 * z,
+        sample_inputs=lambda n: (torch.randn(n, 1, 8, 8), None),
+        snapshot=lambda: (None, torch.eye(10).repeat(4, 1))))
+    assert torch.equal(state, torch.get_rng_state())
+
+    def fake(x, sigma, cond):  # takes every image for one that is brighter
+        assert torch.equal(cond.argmax(dim=1), torch.arange(400) % 10)
+        return x - sigma * diagnosis.eps + 0.2 * (sigma + 0.5)
+
+    found = diagnosis(None, fake)
+    images, classes = (tensor.numpy() for tensor in digits.load())
+    variances = [images[classes == label].var(axis=0, ddof=1).mean() for label in range(10)]
+    assert found["spread"] == pytest.approx(0.3 / np.sqrt(np.mean(variances)), rel=0.02)
+    assert found["bias"] == pytest.approx(0.2, rel=1e-4)
 
 
-def test_a_run_that_diverges_is_a_line_and_counts_as_infinitely_far():
-    found = study.execute(("untrained", "VSD", 0, 1e30))
-    assert "try lower learning rates" in found["failed"] and study.distance(found) == math.inf
+def line(arm, seed, ends):
+    """A job's line at two rates, with final distances `ends`."""
+    return {"cell": "digits", "arm": arm, "seed": seed, "rates": [[1e-4, 1e-4], [1e-3, 1e-3]],
+            "steps": 9, "stage1": 0.1, "final": {"frechet": ends, "accuracy": [1.0, 1.0]},
+            "spread": [[0.2, 0.5, 0.9]] * 2, "bias": [[0.3, 0.2, 0.1]] * 2}
 
 
-def test_a_study_killed_after_any_run_goes_on_without_repeating_or_losing_one(monkeypatch):
-    done = []
-
-    def execute(run):
-        if len(done) % 3 == 2:
-            done.append(None)
-            raise KeyboardInterrupt
-        done.append(run)
-        return line(run, (90.0, 100 * run[3]))
-
-    monkeypatch.setattr(study, "execute", execute)
-    before = b""
-    for _ in range(5):
-        with contextlib.suppress(KeyboardInterrupt):
-            study.study(study.FILE)
-        assert study.FILE.read_bytes().startswith(before)
-        before = study.FILE.read_bytes()
-    runs = [run for run in done if run]
-    assert len(runs) == len(set(runs)) == 2 * (2 * 1 + 2)
-    assert set(runs) == set(study.read(study.FILE))
-    assert {rate for _, _, seed, rate in runs if seed in study.SEEDS} == {1e-3}
+def test_the_summary_has_medians_and_ratios_paired_by_seed():
+    lines = {}
+    for seed in range(3):
+        lines |= runs_of(line("vsd", seed, [10.0 + seed, None]))
+        lines |= runs_of(line("disback", seed, [(10.0 + seed) * (seed + 1), 7.0]))
+    rows = {(row["arm"], row["rate"]): row for row in study.summary(lines)}
+    assert rows["vsd", 1e-4]["frechet"] == [11, 10, 12] and rows["vsd", 1e-4]["ratio"][0] == 1
+    assert rows["disback", 1e-4]["ratio"] == pytest.approx((2, 1, 3))
+    assert rows["vsd", 1e-3]["frechet"][0] == math.inf and rows["disback", 1e-3]["ratio"][0] == 0
+    assert rows["vsd", 1e-4]["bias"] == pytest.approx([0.2] * 3)
+    assert rows["vsd", 1e-4]["spread"] == [0.9] * 3
 
 
-def test_rates_are_chosen_by_the_tuning_seed_alone():
-    start, arm = "untrained", "DisBack"
-    lines = {run: line(run, (end,)) for run, end in {
-        (start, arm, 100, 1e-3): 30.0, (start, arm, 100, 1e-2): 20.0,
-        (start, arm, 0, 1e-3): 1.0}.items()}
-    assert study.chosen(lines, start, arm) == 1e-2
-    lines[start, arm, 100, 1e-2]["failed"] = "it diverged"
-    assert study.chosen(lines, start, arm) == 1e-3
-    del lines[start, arm, 100, 1e-2]
-    assert study.chosen(lines, start, arm) is None
-
-
-@pytest.mark.parametrize("corrupt, cause", [
-    ('{"start": "untrai\n', "JSON"), ("[]\n", "list"), ("again\n", "repeats"),
-    ("other\n", "settings"), ("cut", "cut off")])
-def test_a_line_that_is_of_no_use_is_refused_by_its_number(corrupt, cause):
-    one, two = (line(("untrained", "DisBack", seed, 1e-3)) for seed in (0, 1))
-    more = {"again": json.dumps(one), "other": json.dumps(two | {"settings": "batch=7"}),
-            "cut": json.dumps(two)}
-    write([one])
-    with open(study.FILE, "a") as file:
-        file.write(corrupt.replace(corrupt.strip(), more.get(corrupt.strip(), corrupt.strip())))
-    with pytest.raises(disback.Refusal, match=f"line 2, .*{cause}"):
-        study.main(["--figures-only"])
-
-
-def test_the_figure_is_redrawn_identically_from_the_lines_alone(monkeypatch, capsys):
-    monkeypatch.setattr(study, "execute", None)
-    lines = [line(("untrained", arm, seed, rate), (90.0, 40.0, 10.0 + seed))
-             for arm in study.ARMS for seed in (100, 0, 1) for rate in (1e-3, 1e-2)]
-    del lines[4]  # VSD's judged run of seed 1: what is missing is not run
+def test_figure_and_summary_are_made_of_the_lines_in_any_order(tmp_path):
+    lines = {}
+    for arm in study.ARMS:
+        lines |= runs_of(line(arm, 0, [9.0, 5.0])) | runs_of(line(arm, 1, [8.0, 6.0]))
     drawn = []
-    for order in (lines, lines[::-1]):
-        write(order)
-        study.main(["--figures-only"])
-        drawn.append((study.FIGURE.read_bytes(), capsys.readouterr().out))
-    assert drawn[0] == drawn[1]
-    reached = f"{(1 + math.log(90 / 50) / math.log(90 / 40)) / 1e3:.3g}"
-    assert f"DisBack, rate 0.001: final 10.5 (10 to 11); to 50 {reached} (" in drawn[0][1]
+    for name, found in (("one", lines), ("two", dict(reversed(lines.items())))):
+        (tmp_path / name).mkdir()
+        study.draw(tmp_path / name, found)
+        drawn.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
+    assert drawn[0] == drawn[1] and set(drawn[0]) == {"study.png", "summary.json"}
 
 
-def test_figures_of_no_lines_are_refused():
-    with pytest.raises(disback.Refusal, match="does not exist"):
-        study.main(["--figures-only"])
+def test_the_plan_gives_every_arm_the_same_rates_and_seeds():
+    jobs = list(STUDY.jobs(STUDY.plan, {}))
+    assert len(set(jobs)) == len(jobs) == len(study.ARMS) * len(study.SEEDS)
+    assert {job[3] for job in jobs} == {study.RATES}

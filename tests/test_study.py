@@ -1,8 +1,10 @@
 """The study: its batched runs are the stages' own, its lines are read strictly, its statistics are
 what they say."""
 
+import dataclasses
 import json
 import math
+import multiprocessing
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +20,7 @@ import disback
 from runtime import study as statistics
 from runtime.study import words
 from toy2d import mixture, study, study_figures, study_runs
+from toy2d.study import STUDY
 
 TINY = dict(zip((word[2:].replace("-", "_") for word in SMALL[::2]), map(int, SMALL[1::2])))
 CELL = {"both": TINY | {"batch": 64},
@@ -84,13 +87,13 @@ def line(cell="4D d8", arm="vsd", seed=0, rates=study.ALIKE[:2], swd=0.2, **more
     curves = [[8.0] * 4 + [swd] * 12 for _ in rates]
     watched = {name: curves for name in ("spread", "away", "bias", "teacher")}
     return {"cell": cell, "arm": arm, "seed": seed, "rates": [list(pair) for pair in rates],
-            "settings": study.settings(cell, arm), "steps": 100, "stage1": 0.0, "swd": curves,
+            "settings": STUDY.settings(cell, arm), "steps": 100, "stage1": 0.0, "swd": curves,
             "final": {"swd": [swd for _ in rates], "off_mode": [0.1 for _ in rates],
                       "mode_tv": [0.1 for _ in rates]}, **watched} | more
 
 
 def runs(*lines):
-    return {key: run for one in lines for key, run in study.runs_of(one).items()}
+    return {key: run for one in lines for key, run in statistics.runs_of(one).items()}
 
 
 def write(file, *texts):
@@ -105,25 +108,25 @@ def write(file, *texts):
 def test_a_line_that_is_of_no_use_is_refused_by_its_number(second, cause, tmp_path):
     file = write(tmp_path / "lines.jsonl", json.dumps(line()) + "\n", second)
     with pytest.raises(disback.Refusal, match=f"line 2, is of no use.*{cause}|{cause}, is of no"):
-        study.read(file)
+        STUDY.read(file)
 
 
 def test_every_run_of_the_plan_is_run_once_and_what_there_is_is_not_repeated():
     plan = [(("4D d8",), ("vsd", "adaptive"), study.ALIKE[:2], (0,)),
             (("4D d8",), ("vsd",), study.ALIKE, (0, 1))]
-    jobs = list(study.jobs(plan, {("4D d8", "vsd", 0, study.ALIKE[0]): {}}))
+    jobs = list(STUDY.jobs(plan, {("4D d8", "vsd", 0, study.ALIKE[0]): {}}))
     assert jobs == [("4D d8", "vsd", 0, study.ALIKE[1:2]),
                     ("4D d8", "adaptive", 0, study.ALIKE[:1]),
                     ("4D d8", "adaptive", 0, study.ALIKE[1:2]),  # alone, as its mismatch is one's
                     ("4D d8", "vsd", 0, study.ALIKE[2:]), ("4D d8", "vsd", 1, study.ALIKE)]
     for whole in (study.PLAN, study.QUICK):
-        keys = [(*job[:3], pair) for job in study.jobs(whole, {}) for pair in job[3]]
+        keys = [(*job[:3], pair) for job in STUDY.jobs(whole, {}) for pair in job[3]]
         assert len(keys) == len(set(keys))
 
 
 def test_no_arm_of_a_cell_is_denied_a_rate_or_a_seed():
     found = {}
-    for cell, arm, seed, rates in study.jobs(study.PLAN, {}):
+    for cell, arm, seed, rates in STUDY.jobs(study.PLAN, {}):
         found.setdefault((cell, arm), set()).update((seed, pair) for pair in rates)
     for cell in study.CELLS:
         arms = [found[cell, arm] for arm in study.MAIN if (cell, arm) in found]
@@ -146,21 +149,21 @@ def test_a_study_that_was_stopped_goes_on(tmp_path, monkeypatch):
     plan = [(("4D d8",), ("vsd", "disback"), study.ALIKE[:2], (0, 1))]
     executed, file = [], tmp_path / "lines.jsonl"
 
-    def execute(job):
+    def advance(*job):
         executed.append(job)
         if len(executed) == 3:
             raise KeyboardInterrupt
-        return line(*job)
+        return {name: line(*job)[name] for name in ("steps", "stage1", "final", "swd")}
 
-    monkeypatch.setattr(study, "execute", execute)
-    monkeypatch.setattr(study.multiprocessing, "get_context", lambda _: SimpleNamespace(Pool=Here))
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: SimpleNamespace(Pool=Here))
+    stopped = dataclasses.replace(STUDY, advance=advance)
     with pytest.raises(KeyboardInterrupt):
-        study.study(plan, file, 1)
+        stopped.run(plan, file, 1)
     before = file.read_bytes()
-    study.study(plan, file, 1)
+    stopped.run(plan, file, 1)
     assert before.count(b"\n") == 2 and file.read_bytes().startswith(before)
     assert executed[2:4] == [executed[2]] * 2 and len(set(executed)) == 4 == len(executed) - 1
-    assert len(study.read(file)) == 8
+    assert len(STUDY.read(file)) == 8
 
 
 def test_two_studies_do_not_write_one_file(tmp_path):
@@ -171,7 +174,7 @@ def test_two_studies_do_not_write_one_file(tmp_path):
 
 
 def test_three_digits_are_kept_and_a_run_that_diverged_has_none_and_never_arrives():
-    kept = study.rounded({"swd": [[0.123456, 1234.5], [math.nan, math.inf]], "steps": 1000})
+    kept = statistics.rounded({"swd": [[0.123456, 1234.5], [math.nan, math.inf]], "steps": 1000})
     assert kept == {"swd": [[0.123, 1230.0], [None, None]], "steps": 1000}
     (run,) = runs(line(rates=study.ALIKE[:1], swd=None)).values()
     assert study_figures.end(run) == math.inf == study_figures.cost(run)
@@ -214,9 +217,8 @@ def test_a_ratio_is_paired_by_seed():
 
 
 def test_the_figures_are_redrawn_identically_from_the_lines(tmp_path):
-    lines = [line(cell, arm, seed, swd=0.2 + 0.1 * seed)
-             for cell in ("4D d8", "2D d8", "2D d4") for arm in ("vsd", "disback", "forward")
-             for seed in (0, 1, 2, 3, 200)]
+    lines = [line("4D d8", arm, seed, swd=0.2 + 0.1 * seed)
+             for arm in ("vsd", "disback", "forward") for seed in (0, 1, 200)]
     drawn = []
     for name, order in (("one", lines), ("two", lines[::-1])):  # processes end in any order
         (tmp_path / name).mkdir()
@@ -224,20 +226,20 @@ def test_the_figures_are_redrawn_identically_from_the_lines(tmp_path):
         drawn.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
     assert len(drawn[0]) == 6 and drawn[0] == drawn[1]
     rows = json.loads(drawn[0]["summary.json"])
-    assert [row["runs"] for row in rows["seeds"]] == 18 * [4]
-    assert [row["runs"] for row in rows["fresh seeds"]] == 18 * [1]
+    assert [row["runs"] for row in rows["seeds"]] == 6 * [2]
+    assert [row["runs"] for row in rows["fresh seeds"]] == 6 * [1]
 
 
 def test_the_summary_is_that_of_the_lines(tmp_path):
-    study_figures.draw(tmp_path, study.read(study.FOLDER / "lines.jsonl"), study.FRESH)
-    assert (tmp_path / "summary.json").read_bytes() == (study.FOLDER /
-                                                        "summary.json").read_bytes()
+    study_figures.write_summary(tmp_path / "again.json", *study_figures.split(
+        STUDY.read(study.FOLDER / "lines.jsonl"), study.FRESH))
+    assert (tmp_path / "again.json").read_bytes() == (study.FOLDER / "summary.json").read_bytes()
 
 
 @pytest.mark.parametrize("argv, cause", [(["--jobs", "0"], "--jobs"), (["--fast"], "--fast")])
 def test_what_the_study_does_not_have_is_refused_by_name(argv, cause):
     with pytest.raises(disback.Refusal, match=cause):
-        study.main(argv)
+        STUDY.main(argv)
 
 
 def test_the_bootstrap_interval_of_the_median_is_scipys():

@@ -1,26 +1,14 @@
 """When does backtracking pay, and why? python -m toy2d.study
 
-A job is a seed of an arm in a cell at several learning rates, which study_runs.py advances
-together. It leaves one JSON line in lines.jsonl, from which alone the figures are drawn; a study
-that was stopped goes on. README.md beside this file reads the figures.
+The runs of a job, a seed of an arm in a cell at several learning rates, are advanced together by
+study_runs.py. README.md reads the figures.
 """
 
-import argparse
-import json
-import math
-import multiprocessing
-import os
 import tempfile
-import time
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
-import disback
-from runtime import command, files
-from runtime.study import appending, follow_parent
+from runtime import command
+from runtime.study import Lines, Study
 from toy2d import study_figures, study_runs
 
 FOLDER = Path(__file__).parent / "study"
@@ -82,102 +70,21 @@ PLAN = [
     (CHEAP, MAIN[:4], ALIKE, SEEDS), (("default",), MAIN[:4], ALIKE[:3], SEEDS),
     (ABLATED, MAIN, ALIKE + FASTER, SEEDS)]
 QUICK = [(("4D d8",), MAIN[:2], ALIKE[1::2], SEEDS[:3])]
-Run = tuple[str, str, int, tuple[float, float]]  # cell, arm, seed, rates
-Lines = dict[Run, dict]
 
 
-def jobs(plan: list[tuple], lines: Lines) -> Iterator[tuple]:
-    """(cell, arm, seed, rates) of what the lines lack; each run once."""
-    seen = set(lines)
-    for cells, arms, rates, seeds in plan:
-        for cell in cells:
-            for seed in seeds:
-                for arm in arms:
-                    left = [pair for pair in rates if (cell, arm, seed, pair) not in seen]
-                    seen |= {(cell, arm, seed, pair) for pair in left}
-                    # The mismatch that an adaptive target waits for is one run's.
-                    groups = [[pair] for pair in left] if arm == "adaptive" else [left]
-                    yield from ((cell, arm, seed, tuple(group)) for group in groups if group)
-
-
-def execute(job: tuple) -> dict:
-    """A job's line."""
-    cell, arm, seed, rates = job
-    began = time.perf_counter()
+def advance(cell: str, arm: str, seed: int, rates: study_runs.Rates) -> dict:
+    """What is measured of a job's runs."""
     with tempfile.TemporaryDirectory() as out:
-        found = study_runs.advance(Path(out), CELLS[cell], ARMS[arm], seed, rates,
-                                   CELLS[cell]["budget"], cell in WATCHED)
-    return {"cell": cell, "arm": arm, "seed": seed, "rates": rates, "settings": settings(cell, arm),
-            "seconds": round(time.perf_counter() - began, 1), **rounded(found)}
+        return study_runs.advance(Path(out), CELLS[cell], ARMS[arm], seed, rates,
+                                  CELLS[cell]["budget"], cell in WATCHED)
 
 
-def settings(cell: str, arm: str) -> int:
-    """A number that changes with the flags."""
-    return zlib.crc32(repr((CELLS[cell], ARMS[arm])).encode())
+def draw(out: Path, lines: Lines) -> None:
+    study_figures.draw(out, lines, FRESH)
 
 
-def rounded(value: object) -> object:
-    """Three digits are kept; null stands for what is not finite."""
-    if isinstance(value, dict):
-        return {name: rounded(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.3g}") if math.isfinite(value) else None
-    return value
-
-
-def read(file: Path) -> Lines:
-    """Every run of the file. Refuses by its number a line that is corrupt, of other settings, or of
-    a run that was there before."""
-    lines = {}
-    for number, text in enumerate(file.read_bytes().splitlines(True) if file.exists() else (), 1):
-        with files.blame(f"{file}, line {number}, is of no use: remove it to repeat its runs"):
-            line = json.loads(text)
-            assert text.endswith(b"\n"), "it was cut off"
-            found = runs_of(line)
-            assert line["settings"] == settings(line["cell"], line["arm"]), "of other settings"
-            assert not found.keys() & lines.keys(), "it repeats a run"
-        lines |= found
-    return lines
-
-
-def runs_of(line: dict) -> Lines:
-    """The runs of a job's line, each with its own numbers."""
-    of_each = ("swd", "spread", "away", "bias", "teacher")
-    return {(line["cell"], line["arm"], line["seed"], tuple(pair)):
-            {"steps": line["steps"], "stage1": line["stage1"],
-             "final": {name: ends[i] for name, ends in line["final"].items()},
-             **{name: line[name][i] for name in of_each if name in line}}
-            for i, pair in enumerate(line["rates"])}
-
-
-def study(plan: list[tuple], file: Path, processes: int) -> None:
-    """Run what the lines lack of the plan."""
-    with appending(file) as append:
-        todo = list(jobs(plan, read(file)))
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(processes, follow_parent) as pool:
-            for line in tqdm(pool.imap_unordered(execute, todo), "jobs", len(todo)):
-                append(line)
-
-
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("study.py", description=__doc__, allow_abbrev=False)
-    parser.error = command.refuse
-    parser.add_argument("--quick", action="store_true", help="one cell: some minutes, runs/study")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (all cores)")
-    parser.add_argument("--figures-only", action="store_true", help="draw the lines that are there")
-    args = parser.parse_args(argv)
-    if args.jobs < 1:
-        command.refuse(f"--jobs must be at least 1, not {args.jobs}")
-    file = (Path("runs/study") if args.quick else FOLDER) / "lines.jsonl"
-    if args.figures_only and not file.exists():
-        raise disback.Refusal(f"{file} does not exist: run the study first")
-    if not args.figures_only:
-        study(QUICK if args.quick else PLAN, file, args.jobs)
-    study_figures.draw(file.parent, read(file), FRESH)
-
+# The mismatch that an adaptive target waits for is one run's.
+STUDY = Study(__doc__, FOLDER, CELLS, ARMS, PLAN, QUICK, advance, draw, alone=("adaptive",))
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(STUDY.main)

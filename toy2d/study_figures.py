@@ -1,4 +1,4 @@
-"""The study's statistics and figures, from its lines alone; README.md beside this file reads them.
+"""The study's figures and summary.json, from its lines alone; README.md reads them.
 
 A run arrives if it ends at an SWD of at most 0.5. Shares of runs have Wilson's 95% intervals,
 medians bootstrapped ones.
@@ -9,11 +9,20 @@ import math
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import binomtest
 
 from runtime import files
 from runtime.plots import DATA, OTHER, STUDENT, TARGET, plt, readable, save
-from runtime.study import first_reach, median_interval, paired_ratio
+from runtime.study import (
+    Lines,
+    Rates,
+    first_reach,
+    median_interval,
+    of,
+    paired_ratio,
+    pooled,
+    rates_of,
+    wilson,
+)
 from toy2d.study_runs import SHARES
 
 ARRIVED, LEVEL = 0.5, 0.3  # SWD
@@ -21,7 +30,8 @@ COLORS = {"vsd": OTHER, "disback": STUDENT, "degraded fake": TARGET, "vsd k2": "
           "disback k2": "#5aa0dc"}
 NAMES = {"vsd": "VSD", "disback": "DisBack", "degraded fake": "degraded fake alone",
          "vsd k2": "VSD, k = 2", "disback k2": "DisBack, k = 2"}
-Lines = dict[tuple, dict]
+ROWS = {"spread": "spread ÷ the data's", "bias": "fake's bias", "teacher": "teacher's error",
+        "swd": "SWD"}  # of the mechanism
 
 
 def end(run: dict) -> float:
@@ -29,27 +39,30 @@ def end(run: dict) -> float:
     return math.inf if run["final"]["swd"] is None else run["final"]["swd"]
 
 
-def rates_of(lines: Lines, cell: str, arm: str) -> list[tuple[float, float]]:
-    return sorted({key[3] for key in lines if key[:2] == (cell, arm)})
-
-
-def of(lines: Lines, cell: str, arm: str, rates: tuple) -> dict[int, dict]:
-    """The runs by seed."""
-    return {key[2]: run for key, run in sorted(lines.items())
-            if key[:2] == (cell, arm) and key[3] == rates}
-
-
-def arrived(runs: dict[int, dict]) -> tuple[float, float, float]:
+def arrived(runs: list[dict]) -> tuple[float, float, float]:
     """The share of runs that arrive, and its interval."""
-    count = sum(end(run) <= ARRIVED for run in runs.values())
-    interval = binomtest(count, len(runs)).proportion_ci(method="wilson")
-    return count / len(runs), float(interval.low), float(interval.high)
+    return wilson(sum(end(run) <= ARRIVED for run in runs), len(runs))
+
+
+def common(lines: Lines, cell: str) -> list[Rates]:
+    """The rates that VSD and DisBack have both."""
+    disback = rates_of(lines, cell, "disback")
+    return [rates for rates in rates_of(lines, cell, "vsd") if rates in disback]
+
+
+def seeds_of(lines: Lines, cell: str) -> int:
+    return len({key[2] for key in lines if key[0] == cell})
 
 
 def cost(run: dict) -> float:
     """The share of the budget, stage 1 included, after which the SWD is first at LEVEL."""
-    at = [run["stage1"] + (1 - run["stage1"]) * share for share in SHARES]
-    return first_reach(at, [1e9 if value is None else value for value in run["swd"]], LEVEL)
+    swd = [math.inf if value is None else value for value in run["swd"]]
+    return first_reach(shares(run), swd, LEVEL)
+
+
+def shares(run: dict) -> list[float]:
+    """Of the budget, at the points of a curve."""
+    return [run["stage1"] + (1 - run["stage1"]) * share for share in SHARES]
 
 
 def costs(lines: Lines, cell: str, arm: str) -> dict[int, float]:
@@ -58,26 +71,27 @@ def costs(lines: Lines, cell: str, arm: str) -> dict[int, float]:
     found = {rates: of(lines, cell, arm, rates) for rates in rates_of(lines, cell, arm)}
     judged = {}
     for half in (0, 1):
-        def rank(rates: tuple, half: int = half) -> tuple[float, float]:
-            others = [run for seed, run in found[rates].items() if seed % 2 != half]
-            return (float(np.median([cost(run) for run in others] or [math.inf])),
-                    float(np.median([end(run) for run in others] or [math.inf])))
-        best = min(found, key=rank)
-        judged |= {seed: cost(run) for seed, run in found[best].items() if seed % 2 == half}
+        ranks = {}
+        for rates, runs in found.items():
+            others = [run for seed, run in runs.items() if seed % 2 != half]
+            ranks[rates] = tuple(np.median([*map(of_run, others)] or [math.inf])
+                                 for of_run in (cost, end))
+        best = found[min(ranks, key=ranks.get)]
+        judged |= {seed: cost(run) for seed, run in best.items() if seed % 2 == half}
     return judged
 
 
-def ratio(lines: Lines, cell: str, arm: str) -> tuple[float, float, float] | None:
-    """An arm's cost over plain VSD's, both at their best rates: the median of paired seeds."""
-    if not all(rates_of(lines, cell, name) for name in (arm, "vsd")):
-        return None
-    return paired(costs(lines, cell, arm), costs(lines, cell, "vsd"))
-
-
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, float, float] | None:
-    """The median ratio of costs by seed, and its interval."""
+    """The median ratio of costs by seed, and its interval; None without a pair."""
     pairs = [paired_ratio(ours[seed], theirs[seed], 1.0) for seed in sorted(ours.keys() & theirs)]
     return median_interval(pairs) if pairs else None
+
+
+def ratio(lines: Lines, cell: str, arm: str) -> tuple[float, float, float] | None:
+    """An arm's cost over plain VSD's, both at their best rates, paired by seed."""
+    if not rates_of(lines, cell, arm):
+        return None
+    return paired(costs(lines, cell, arm), costs(lines, cell, "vsd"))
 
 
 def summary(lines: Lines) -> list[dict]:
@@ -88,46 +102,60 @@ def summary(lines: Lines) -> list[dict]:
         runs, vsd = of(lines, cell, arm, rates), of(lines, cell, "vsd", rates)
         found, theirs = ({seed: cost(run) for seed, run in one.items()} for one in (runs, vsd))
         rows.append({"cell": cell, "arm": arm, "rates": rates, "runs": len(runs),
-                     "arrived": arrived(runs), "swd": median_interval([*map(end, runs.values())]),
+                     "arrived": arrived([*runs.values()]),
+                     "swd": median_interval([*map(end, runs.values())]),
                      "cost": median_interval([*found.values()]), "ratio": paired(found, theirs)})
     return rows
 
 
 def draw(out: Path, lines: Lines, fresh: tuple[int, ...]) -> None:
-    """Write the figures and summary.json to `out`; what has no lines yet is left out."""
-    lines = dict(sorted(lines.items()))  # processes end in any order
-    judged = {key: run for key, run in lines.items() if key[2] not in fresh}
-    rows = {"seeds": summary(judged), "fresh seeds": summary(
-        {key: run for key, run in lines.items() if key[2] in fresh})}
-    text = json.dumps(rows).replace("Infinity", '"never"').replace('{"cell"', '\n{"cell"')
-    files.atomically(out / "summary.json", lambda file: file.write_text(text + "\n"))
-    both = cells_of(judged, "vsd", "disback")
-    watched = [cell for cell in both if any("spread" in run for key, run in judged.items()
-                                            if key[0] == cell)]
-    plane = [cell for cell in both if cell[0].isdigit() and cell.count(" ") == 1]
-    wide = [cell for cell in both if len(common(judged, cell)) > 1]
-    for name, figure, cells, least in (
-            ("window", draw_window, wide, 1), ("mechanism", draw_mechanism, watched, 1),
-            ("cost", draw_cost, both, 1), ("map", draw_map, plane, 3),
-            ("ablations", draw_ablations, cells_of(judged, "disback", "forward"), 1)):
-        if len(cells) >= least:
+    """Write summary.json and the figures to `out`; what has no lines yet is left out."""
+    judged, confirming = split(lines, fresh)
+    write_summary(out / "summary.json", judged, confirming)
+    both = [cell for cell in dict.fromkeys(key[0] for key in judged) if common(judged, cell)]
+    figures = {
+        "window": (draw_window, [cell for cell in both if len(common(judged, cell)) > 1]),
+        "mechanism": (draw_mechanism, [cell for cell in both if "bias" in pooled(
+            judged, cell, "vsd", common(judged, cell))[0]]),
+        "cost": (draw_cost, both),
+        "ablations": (draw_ablations, [cell for cell in both
+                                       if rates_of(judged, cell, "forward")]),
+        "map": (draw_map, [cell for cell in both if cell[0].isdigit() and cell.count(" ") == 1])}
+    for name, (figure, cells) in figures.items():
+        if cells:
             save(figure(judged, cells), out / f"{name}.png")
 
 
-def cells_of(lines: Lines, *arms: str) -> list[str]:
-    """Cells with lines of all these arms."""
-    found = {key[:2] for key in lines}
-    return [cell for cell in dict.fromkeys(key[0] for key in lines)
-            if all((cell, arm) in found for arm in arms)]
+def split(lines: Lines, fresh: tuple[int, ...]) -> tuple[Lines, Lines]:
+    """The runs that sentences are written from, and those of fresh seeds."""
+    judged, confirming = {}, {}
+    for key in sorted(lines):
+        (confirming if key[2] in fresh else judged)[key] = lines[key]
+    return judged, confirming
 
 
-def panels(count: int, height: float = 3.4) -> tuple[plt.Figure, list[plt.Axes]]:
+def write_summary(file: Path, judged: Lines, fresh: Lines) -> None:
+    """One row a line."""
+    text = json.dumps({"seeds": summary(judged), "fresh seeds": summary(fresh)})
+    text = text.replace("Infinity", '"never"').replace('{"cell"', '\n{"cell"') + "\n"
+    files.atomically(file, lambda beside: beside.write_text(text))
+
+
+def panels(count: int, height: float = 3.0) -> tuple[plt.Figure, list[plt.Axes]]:
     columns, rows = min(count, 3), math.ceil(count / 3)
     figure, axes = plt.subplots(rows, columns, squeeze=False, sharey=True, layout="constrained",
-                                figsize=(2.4 + 3.6 * columns, 1 + height * rows))
+                                figsize=(2.4 + 3.2 * columns, 1 + height * rows))
     for axis in axes.flat[count:]:
         axis.set_axis_off()
     return figure, list(axes.flat[:count])
+
+
+def legend(figure: plt.Figure, columns: int) -> None:
+    """Of all arms that some panel has."""
+    drawn = {label: mark for axis in figure.axes
+             for mark, label in zip(*axis.get_legend_handles_labels())}
+    drawn = {label: drawn[label] for label in NAMES.values() if label in drawn}
+    figure.legend(drawn.values(), drawn, loc="outside upper center", ncols=columns)
 
 
 def draw_window(lines: Lines, cells: list[str]) -> plt.Figure:
@@ -138,95 +166,80 @@ def draw_window(lines: Lines, cells: list[str]) -> plt.Figure:
             alike = [rates for rates in rates_of(lines, cell, arm) if rates[0] == rates[1]]
             if alike:
                 at = [rates[0] * 1.05**(i - 1) for rates in alike]  # beside each other
-                shares = [arrived(of(lines, cell, arm, rates)) for rates in alike]
-                with_interval(axis, at, shares, arm)
-        seeds = len({key[2] for key in lines if key[0] == cell})
-        axis.set(title=f"{cell}: {seeds} seeds", xscale="log", ylim=(-0.03, 1.03),
+                middle, low, high = np.transpose([arrived(pooled(lines, cell, arm, [rates]))
+                                                  for rates in alike])
+                axis.errorbar(at, middle, [middle - low, high - middle], color=COLORS[arm],
+                              capsize=3, marker="o", label=NAMES[arm])
+        axis.set(title=f"{cell}: {seeds_of(lines, cell)} seeds", xscale="log", ylim=(-0.03, 1.03),
                  xlabel="learning rate of student and fake")
         ticks = sorted({key[3][0] for key in lines if key[0] == cell})
         axis.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.25)
     axes[0].set_ylabel(f"share of runs that end at SWD ≤ {ARRIVED}")
-    drawn = {label: bars for axis in axes for bars, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(drawn.values(), drawn, loc="outside upper center",
-                  ncols=min(5, 1 + 2 * len(cells)))
+    legend(figure, min(5, 1 + 2 * len(cells)))
     return figure
-
-
-def with_interval(axis: plt.Axes, at: list[float], found: list[tuple], arm: str) -> None:
-    """(value, low, high) as points with bars."""
-    middle, low, high = np.transpose(found)
-    axis.errorbar(at, middle, [middle - low, high - middle], color=COLORS[arm], capsize=3,
-                  marker="o", label=NAMES[arm])
 
 
 def draw_mechanism(lines: Lines, cells: list[str]) -> plt.Figure:
     """(b) What happens on the way: medians of the seeds, and their quartiles as bands, at the rates
     at which VSD and DisBack differ most in the share that arrives."""
-    rows = {"spread": "spread ÷ the data's", "bias": "fake's bias", "teacher": "teacher's error",
-            "swd": "SWD"}
-    figure, axes = plt.subplots(len(rows), len(cells), figsize=(1 + 4.2 * len(cells), 9),
+    figure, axes = plt.subplots(len(ROWS), len(cells), figsize=(1 + 3.6 * len(cells), 9),
                                 sharex=True, sharey="row", squeeze=False, layout="constrained")
     for column, cell in zip(axes.T, cells):
         rates = max(common(lines, cell), key=lambda rates: abs(
-            arrived(of(lines, cell, "vsd", rates))[0]
-            - arrived(of(lines, cell, "disback", rates))[0]))
+            arrived(pooled(lines, cell, "vsd", [rates]))[0]
+            - arrived(pooled(lines, cell, "disback", [rates]))[0]))
         column[0].set_title(f"{cell}, rates {rates[0]:g}")
-        for axis, name in zip(column, rows):
+        for axis, (name, label) in zip(column, ROWS.items()):
             for arm in NAMES:
-                band(axis, of(lines, cell, arm, rates), name, arm)
-            axis.set(xscale="log", yscale="log" if name == "swd" else "linear")
+                if runs := pooled(lines, cell, arm, [rates]):
+                    draw_band(axis, runs, name, arm)
+            axis.set(xscale="log", ylabel=label if cell == cells[0] else "")
             axis.grid(alpha=0.25)
+        column[-1].set_yscale("log")
+        readable(column[-1])
         column[-1].set_xticks([0.01, 0.03, 0.1, 0.3, 1], ["1%", "3%", "10%", "30%", "100%"])
         column[-1].set_xlabel("of the budget, stage 1 included")
-    for axis, label in zip(axes[:, 0], rows.values()):
-        axis.set_ylabel(label)
-    for axis in axes[-1]:
-        readable(axis)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    legend(figure, min(5, 1 + 2 * len(cells)))
     return figure
 
 
-def band(axis: plt.Axes, runs: dict[int, dict], name: str, arm: str) -> None:
-    if not runs:
-        return
-    curves = np.array([run[name] for run in runs.values()], float)  # None becomes nan
-    stage1 = next(iter(runs.values()))["stage1"]
-    at = [stage1 + (1 - stage1) * share for share in SHARES]
+def draw_band(axis: plt.Axes, runs: list[dict], name: str, arm: str) -> None:
+    curves = np.array([run[name] for run in runs], float)  # None becomes nan
     low, middle, high = np.nanquantile(curves, [0.25, 0.5, 0.75], axis=0)
-    axis.fill_between(at, low, high, color=COLORS[arm], alpha=0.15, linewidth=0)
-    axis.plot(at, middle, color=COLORS[arm], label=NAMES[arm])
+    axis.fill_between(shares(runs[0]), low, high, color=COLORS[arm], alpha=0.15, linewidth=0)
+    axis.plot(shares(runs[0]), middle, color=COLORS[arm], label=NAMES[arm])
 
 
 def draw_cost(lines: Lines, cells: list[str]) -> plt.Figure:
     """(c) Each arm's evaluations to LEVEL at its best rate over plain VSD's at its own."""
     figure, axis = plt.subplots(figsize=(8, 1.6 + 0.6 * len(cells)), layout="constrained")
     for j, arm in enumerate(list(NAMES)[1:]):
-        found = {i: ratio(lines, cell, arm) for i, cell in enumerate(cells)}
-        for i, values in found.items():
-            if values:
-                middle, low, high = np.minimum(values, 3)
+        for i, cell in enumerate(cells):
+            if found := ratio(lines, cell, arm):
+                middle, low, high = np.minimum(found, 3)
                 axis.errorbar(middle, i + 0.15 * (j - 1.5), color=COLORS[arm], marker="o",
-                              xerr=[[middle - low], [high - middle]], capsize=3)
-        axis.plot([], color=COLORS[arm], label=NAMES[arm])
+                              xerr=[[middle - low], [high - middle]], capsize=3, label=NAMES[arm])
     axis.axvline(1, color=DATA)
-    axis.set_yticks(range(len(cells)), cells)
-    axis.set(xlabel=f"evaluations to SWD {LEVEL} ÷ plain VSD's, both at their best rates "
-             "(3: or more)", xlim=(0, 3.05), ylim=(len(cells) - 0.5, -0.5))
-    figure.legend(loc="outside upper center", ncols=4)
+    axis.set_yticks(range(len(cells)), [
+        f"{cell}\n{seeds_of(lines, cell)} seeds, {len(common(lines, cell))} rates"
+        for cell in cells])
+    axis.set(xlabel=f"evaluations to SWD {LEVEL} ÷ plain VSD's, each at its best rate "
+             "(left of 1: cheaper; 3: or more)", xlim=(0, 3.05), ylim=(len(cells) - 0.5, -0.5))
+    axis.grid(alpha=0.25)
+    legend(figure, 4)
     return figure
 
 
 def draw_ablations(lines: Lines, cells: list[str]) -> plt.Figure:
     """(d) The share of runs that arrive, of all rates that the controls have together."""
-    others = {key[1] for key in lines if key[0] in cells} - NAMES.keys()
-    arms = [*NAMES, *sorted(others)]
+    controls = {key[1] for key in lines if key[0] in cells} - NAMES.keys()
+    arms = [*NAMES, *sorted(controls)]
     figure, axes = panels(len(cells), 0.32 * len(arms))
     for axis, cell in zip(axes, cells):
         for i, arm in enumerate(arms):
-            runs = pooled(lines, cell, arm, rates_of(lines, cell, "forward"))
-            if runs:
+            if runs := pooled(lines, cell, arm, rates_of(lines, cell, "forward")):
                 share, low, high = arrived(runs)
                 axis.errorbar(share, i, xerr=[[share - low], [high - share]], marker="o",
                               color=COLORS.get(arm, "#606060"), capsize=3)
@@ -246,26 +259,16 @@ def draw_map(lines: Lines, cells: list[str]) -> plt.Figure:
                                 layout="constrained")
     for cell in cells:
         y, x = (names.index(name) for names, name in zip((rows, columns), cell.split()))
-        vsd, disback = (arrived(pooled(lines, cell, arm, common(lines, cell)))[0]
-                        for arm in ("vsd", "disback"))
-        color = plt.get_cmap("RdBu")(0.5 + 0.4 * (disback - vsd))
+        vsd, ours = (pooled(lines, cell, arm, common(lines, cell)) for arm in ("vsd", "disback"))
+        of_vsd, of_ours = (arrived(runs)[0] for runs in (vsd, ours))
+        color = plt.get_cmap("RdBu")(0.5 + 0.4 * (of_ours - of_vsd))
         axis.add_patch(plt.Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, color=color))
         middle, low, high = ratio(lines, cell, "disback")
-        axis.text(x, y, f"VSD arrives {vsd:.0%}\nDisBack {disback:.0%}\n"
+        axis.text(x, y, f"VSD {of_vsd:.0%} of {len(vsd)}\nDisBack {of_ours:.0%} of {len(ours)}\n"
                   f"cost × {middle:.2f} [{low:.2f}, {high:.2f}]", ha="center", va="center",
                   fontsize=9)
     axis.set_xticks(range(len(columns)), [f"distance {name[1:]}" for name in columns])
     axis.set_yticks(range(len(rows)), [f"{name[:-1]} dimensions" for name in rows])
-    axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+    axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), title=(
+        f"Runs that arrive; DisBack's evaluations to SWD {LEVEL} over VSD's, at the best rates"))
     return figure
-
-
-def common(lines: Lines, cell: str) -> list[tuple[float, float]]:
-    """The rates that VSD and DisBack have both."""
-    disback = rates_of(lines, cell, "disback")
-    return [rates for rates in rates_of(lines, cell, "vsd") if rates in disback]
-
-
-def pooled(lines: Lines, cell: str, arm: str, rates: list[tuple]) -> dict[int, dict]:
-    """The runs at all these rates together."""
-    return dict(enumerate(run for pair in rates for run in of(lines, cell, arm, pair).values()))
