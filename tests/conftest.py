@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # tiny networks: threads cost more than they give
+
+import disback  # noqa: E402
+from runtime import command  # noqa: E402
 
 # A toy that both stages finish in a second; the flags of either stage.
 SMALL = ["--width", "16", "--depth", "1", "--teacher-steps", "60", "--teacher-batch", "64"]
@@ -35,6 +39,19 @@ def recorded(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def pair(recorded, tmp_path_factory):
+    """A run of VSD, and one of DisBack that is compared with it, with all their figures."""
+    import backtrack
+
+    out = tmp_path_factory.mktemp("pair")
+    shutil.copytree(recorded / "path", out / "main" / "path")
+    backtrack.main(["toy2d", "--out", str(out / "vsd"), "--target", "teacher", *BACKTRACK])
+    backtrack.main(["toy2d", "--out", str(out / "main"), *BACKTRACK, "--compare",
+                    str(out / "vsd")])
+    return out
+
+
 @pytest.fixture(scope="module")
 def small_digits():
     """A network for the digits, without attention, that answers in a fraction of the time."""
@@ -45,6 +62,44 @@ def small_digits():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(problem.NETWORKS, "digits", small)
         yield
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """The folder of SDXL's tiny pipeline, as anybody's local model."""
+    from sdxl import layout
+
+    return layout.find("", tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def mine(base, tmp_path):
+    """A copy of the tiny pipeline to spoil."""
+    return shutil.copytree(base, tmp_path / "mine")
+
+
+def refusal(function, *args, **keywords):
+    """What the Refusal says, in one line, that a call must end with."""
+    with pytest.raises(disback.Refusal) as error:
+        function(*args, **keywords)
+    return " ".join(str(error.value).split())
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """refused(main, argv): the one line on standard error of a run that must end with status 2."""
+
+    def run(main, argv):
+        monkeypatch.setattr(sys, "argv", ["stage.py", *map(str, argv)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            command.run(main, "lower --batch")
+        said = capsys.readouterr().err
+        line = said.strip().splitlines()[-1]
+        assert ended.value.code == 2 and line.startswith("error: ") and "Traceback" not in said
+        return line
+
+    return run
 
 
 def make(problem, preset=None, seed=0, device="cpu", **changes):

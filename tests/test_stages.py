@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import backtrack
 import degrade
 import disback
-from toy2d import figures, model, problem
+from toy2d import model, problem
 
 
 def backtracked(recorded, out, *flags):
@@ -29,15 +29,10 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-def test_both_stages_write_the_run_folder_with_figures_and_complete_metrics(
-        recorded, tmp_path, monkeypatch):
-    """The figures of the second run, beside the first; test_ranks.py looks at those of a path."""
-    with monkeypatch.context() as patch:
-        patch.setattr(figures, "draw", lambda *args: None)
-        backtracked(recorded, tmp_path)
-    backtrack.main(["toy2d", "--out", str(tmp_path / "vsd"), "--target", "teacher", *BACKTRACK,
-                    "--compare", str(tmp_path)])
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+def test_both_stages_write_the_run_folder_with_complete_metrics(pair):
+    """test_toy.py looks at the figures."""
+    run = pair / "main"
+    metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["problem"] == "toy2d" and metrics["preset"] == "ring" and metrics["seed"] == 0
     assert metrics["method"] == "disback" and metrics["steps"] == 20 and metrics["node"] == 0
     assert metrics["seconds"] > 0 and metrics["peak_memory_bytes"] > 10e6
@@ -45,14 +40,13 @@ def test_both_stages_write_the_run_folder_with_figures_and_complete_metrics(
         assert metrics[name] >= 0
     evals = metrics["network_evals"]
     assert evals["total"] == evals["stage1"] + evals["stage2"]
-    vsd = json.loads((tmp_path / "vsd" / "metrics.json").read_text())
+    vsd = json.loads((pair / "vsd" / "metrics.json").read_text())
     assert vsd["method"] == "vsd" and vsd["network_evals"]["stage1"] == 0
     assert vsd["network_evals"]["stage2"] == evals["stage2"] == 8 * 64 * 20
-    assert len(list((tmp_path / "vsd" / "figures").iterdir())) == 6
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 15, 20]  # every fifth at first
     assert {"node", "loss_fake", "mismatch", "network_evals", "swd"} <= lines[0].keys()
-    settings = json.loads((tmp_path / "config.json").read_text())["backtrack"]
+    settings = json.loads((run / "config.json").read_text())["backtrack"]
     assert settings["interval"] == 2 and settings["target"] == "path"
 
 
