@@ -40,6 +40,27 @@ def recorded(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def completed(recorded, tmp_path_factory):
+    """A finished run of both stages, without figures; copy it before writing to it."""
+    import backtrack
+    from toy2d import figures
+
+    out = tmp_path_factory.mktemp("completed") / "run"
+    shutil.copytree(recorded, out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "draw", lambda *args: None)
+        backtrack.main(["toy2d", "--out", str(out), *BACKTRACK])
+    return out
+
+
+@pytest.fixture
+def finished(completed, tmp_path, no_figures):
+    """A copy of that run's folder, and the command that made it."""
+    out = shutil.copytree(completed, tmp_path / "run")
+    return out, ["toy2d", "--out", str(out), *BACKTRACK]
+
+
+@pytest.fixture(scope="session")
 def pair(recorded, tmp_path_factory):
     """A run of VSD, and one of DisBack that is compared with it, with all their figures."""
     import backtrack
@@ -120,6 +141,30 @@ def before_updates():
     yield register
     for handle in handles:
         handle.remove()
+
+
+@pytest.fixture
+def forwards():
+    """forwards(kinds, batch, main, argv): the forwards of one sample that a stage makes of networks
+    of these kinds at its own batch; a backward through the weights counts 2."""
+
+    def run(kinds, batch, main, argv):
+        total = 0
+
+        def count(net, inputs, output):
+            nonlocal total
+            made = output if isinstance(output, torch.Tensor) else output[0]
+            if isinstance(net, kinds) and len(made) in batch:
+                total += len(made) * (3 if made.requires_grad else 1)
+
+        hook = torch.nn.modules.module.register_module_forward_hook(count)
+        try:
+            main([str(word) for word in argv])
+        finally:
+            hook.remove()
+        return total
+
+    return run
 
 
 @pytest.fixture

@@ -18,16 +18,6 @@ from runtime import command, files, folder, run
 from runtime.interface import Config
 
 
-@pytest.fixture
-def finished(recorded, tmp_path, no_figures):
-    """A finished run's folder, and the command that made it."""
-    out = tmp_path / "run"
-    shutil.copytree(recorded, out)
-    argv = ["toy2d", "--out", str(out), *BACKTRACK]
-    backtrack.main(argv)
-    return out, argv
-
-
 def everything(out):
     return {file: file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
 
@@ -45,7 +35,7 @@ def test_nothing_goes_in_a_folder_that_is_no_runs(refused, tmp_path, config):
     assert everything(tmp_path) == before
 
 
-def test_overwriting_spares_what_the_run_did_not_write(finished):
+def test_a_new_stage_1_takes_all_that_the_old_run_wrote_and_nothing_else(finished):
     out, argv = finished
     mine = [out / name for name in ("notes.txt", "figures/path2.png", "snapshots/best.safetensors",
                                     "path/old/00.safetensors", ".tmpabcdef")]
@@ -54,7 +44,9 @@ def test_overwriting_spares_what_the_run_did_not_write(finished):
         file.write_text("mine")
     degrade.main([*argv[:3], *DEGRADE, "--overwrite"])
     assert all(file.read_text() == "mine" for file in mine)
-    assert not (out / "student.safetensors").exists()
+    held = {file.relative_to(out).parts[0] for file in everything(out).keys() - mine}
+    assert held == {".lock", "config.json", "path"}
+    assert list(json.loads((out / "config.json").read_text())) == ["degrade"]
 
 
 def test_a_finished_student_is_never_offered_for_overwriting(finished, refused):
@@ -158,13 +150,16 @@ def test_fewer_steps_than_are_done_are_refused(recorded, refused, tmp_path, no_f
 
 
 @pytest.mark.parametrize("change", [
-    {"problem": "sdxl"}, {"network_evals": {"stage1": -1, "stage2": 1}}, {"steps": "many"},
+    None, {"problem": "sdxl"}, {"network_evals": {"stage1": -1, "stage2": 1}}, {"steps": "many"},
     {"network_evals": None}])
 def test_what_cannot_be_compared_with_is_refused_before_a_teacher_is_trained(
         finished, recorded, refused, monkeypatch, tmp_path, change):
     other, argv = finished
     file = other / "metrics.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    if change:
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    else:
+        file.unlink()
     monkeypatch.setattr("toy2d.problem.trained_teacher", lambda *_: pytest.fail("trained"))
     new = ["toy2d", "--path", recorded / "path", *BACKTRACK, "--out", tmp_path / "new"]
     line = refused(backtrack.main, [*new, "--compare", other])
@@ -201,6 +196,7 @@ def test_compiling_without_a_compiler_is_refused_at_once(refused, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("toy2d.problem.trained_teacher", lambda *_: pytest.fail("trained"))
     line = refused(degrade.main, ["toy2d", "--compile"])
     assert "compiler" in line and "--no-compile" in line
 

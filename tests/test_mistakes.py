@@ -67,19 +67,18 @@ def test_a_path_of_another_run_is_refused_naming_what_differs(
 
 
 def test_a_folder_that_holds_a_run_is_kept_unless_overwritten(
-        recorded, refused, tmp_path, no_figures):
-    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
-    again = ["toy2d", "--out", tmp_path, *DEGRADE]
-    before = (tmp_path / "path" / "path.json").read_bytes()
-    assert "--overwrite" in refused(degrade.main, again)
-    assert (tmp_path / "path" / "path.json").read_bytes() == before
-    back = ["toy2d", "--out", str(tmp_path), *BACKTRACK]
-    backtrack.main(back)
-    student = (tmp_path / "student.safetensors").read_bytes()
+        recorded, finished, refused, tmp_path):
+    shutil.copytree(recorded, tmp_path / "stage1")
+    path = tmp_path / "stage1" / "path" / "path.json"
+    before = path.read_bytes()
+    line = refused(degrade.main, ["toy2d", "--out", tmp_path / "stage1", *DEGRADE])
+    assert "--overwrite" in line and path.read_bytes() == before
+    out, back = finished
+    student = (out / "student.safetensors").read_bytes()
     assert "--out" in refused(backtrack.main, back)
-    assert (tmp_path / "student.safetensors").read_bytes() == student
+    assert (out / "student.safetensors").read_bytes() == student
     backtrack.main([*back, "--overwrite"])
-    assert (tmp_path / "path" / "path.json").exists()  # stage 1 is not stage 2's to remove
+    assert (out / "path" / "path.json").exists()  # stage 1 is not stage 2's to remove
 
 
 def test_a_folder_that_cannot_be_written_is_refused(refused, tmp_path):
@@ -88,51 +87,29 @@ def test_a_folder_that_cannot_be_written_is_refused(refused, tmp_path):
     assert str(tmp_path / "file") in line
 
 
-def test_resuming_what_is_not_there_or_was_run_with_other_flags_is_refused(
-        recorded, refused, tmp_path, no_figures):
-    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
-    back = ["toy2d", "--out", str(tmp_path), *BACKTRACK]
-    assert "state.pt" in refused(backtrack.main, [*back, "--resume"])
-    backtrack.main(back)
-    line = refused(backtrack.main, [*back, "--lr-fake", "0.5", "--resume"])
-    assert "--lr-fake" in line
-    state = tmp_path / "state.pt"
+def test_resuming_a_broken_checkpoint_or_none_or_along_another_path_is_refused(
+        finished, refused):
+    out, back = finished
+    state = out / "state.pt"
     whole = state.read_bytes()
     for broken in (whole[:-500], b"", b"not a checkpoint"):
         state.write_bytes(broken)
         assert "state.pt" in refused(backtrack.main, [*back, "--resume"])
+    state.unlink()
+    assert "state.pt" in refused(backtrack.main, [*back, "--resume"])
     torch.save({"step": 3}, state)
     assert "state.pt" in refused(backtrack.main, [*back, "--resume"])
     state.write_bytes(whole)
-    path = tmp_path / "path" / "path.json"
+    path = out / "path" / "path.json"
     path.write_text(path.read_text() + "\n")  # another path than the run's
     assert "path" in refused(backtrack.main, [*back, "--resume"])
 
 
-def test_comparing_with_what_is_no_run_is_refused_before_anything_is_done(
-        recorded, refused, tmp_path):
-    argv = ["toy2d", "--out", tmp_path / "run", "--path", recorded / "path", *BACKTRACK]
-    line = refused(backtrack.main, [*argv, "--compare", tmp_path])
-    assert "--compare" in line and not (tmp_path / "run").exists()
-
-
-def test_overwriting_deletes_nothing_before_it_has_read_what_it_must(
-        recorded, refused, tmp_path, no_figures):
-    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
-    back = ["toy2d", "--out", str(tmp_path), *BACKTRACK]
-    backtrack.main(back)
-    (tmp_path / "config.json").write_text("{")
+def test_overwriting_deletes_nothing_before_it_has_read_what_it_must(finished, refused):
+    out, back = finished
+    (out / "config.json").write_text("{")
     assert "config.json" in refused(backtrack.main, [*back, "--overwrite"])
-    assert (tmp_path / "student.safetensors").exists()
-
-
-def test_a_new_stage_1_takes_the_old_runs_results_and_settings_with_it(
-        recorded, tmp_path, no_figures):
-    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
-    backtrack.main(["toy2d", "--out", str(tmp_path), *BACKTRACK])
-    degrade.main(["toy2d", "--out", str(tmp_path), *DEGRADE, "--overwrite"])
-    assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", "config.json", "path"]
-    assert list(json.loads((tmp_path / "config.json").read_text())) == ["degrade"]
+    assert (out / "student.safetensors").exists()
 
 
 def test_too_large_a_batch_costs_a_line_and_no_old_run(recorded, refused, tmp_path):
@@ -165,8 +142,11 @@ def test_too_little_memory_is_never_blamed_on_a_file(refused, error):
 
 
 def test_rates_of_decay_may_be_zero():
+    """Also those that start above zero, and SDXL's least timestep."""
+    from sdxl import problem
     from toy2d.problem import Config
 
+    problem.Config(weight_decay=0.0, t_min=0)
     Config(ema=0.0, beta1=0.0, beta2=0.0, weight_decay=0.0)
     with pytest.raises(disback.Refusal, match="--lr-fake must be above .* below .*, not 0.0"):
         Config(lr_fake=0.0)
@@ -220,12 +200,6 @@ def test_a_broken_snapshot_is_named_when_the_figures_are_drawn(tmp_path, broken)
     assert f"{file} is broken: remove it" in refusal(plots.read_snapshots, tmp_path)
     shutil.rmtree(tmp_path / "snapshots")
     assert "none left" in refusal(plots.read_snapshots, tmp_path)
-
-
-def test_what_starts_above_zero_in_sdxl_may_be_zero_too():
-    from sdxl.problem import Config
-
-    Config(weight_decay=0.0, t_min=0)
 
 
 def test_a_flags_value_is_not_taken_for_the_problem(refused, monkeypatch, tmp_path):

@@ -177,13 +177,6 @@ def test_the_target_is_guided_by_8_and_the_fake_is_not(tiny):
     assert tiny.guide_evals == 2
 
 
-def test_embeddings_are_put_on_any_device(base, tmp_path):
-    """Also on one that a file cannot be read to."""
-    text.embed(base, ["a dog"], tmp_path)
-    bank = text.embed(base, ["a dog"], tmp_path, torch.device("meta"))
-    assert all(tensor.device.type == "meta" for tensor in bank.values())
-
-
 def test_embeddings_are_those_of_diffusers_pipeline(base, tmp_path):
     prompts = ["A photo of a dog.", "", "the " * 90, "naïve café"]
     pipe = StableDiffusionXLPipeline.from_pretrained(base)
@@ -192,6 +185,8 @@ def test_embeddings_are_those_of_diffusers_pipeline(base, tmp_path):
         theirs = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
         assert relative(bank["text"][i:i + 1], theirs[0]) <= 1e-6
         assert relative(bank["pooled"][i:i + 1], theirs[2]) <= 1e-6
+    kept = text.embed(base, prompts, tmp_path, torch.device("meta"))  # no file is read to that
+    assert all(tensor.device.type == "meta" for tensor in kept.values())
 
 
 def test_the_tiny_encoder_pools_at_the_end_of_the_prompt_as_the_real_one_does(base):
@@ -242,38 +237,19 @@ def test_both_stages_run_and_the_target_ends_as_the_teacher(run, base):
     node_0 = load_file(run / "path" / "00.safetensors")
     assert node_0.keys() == {f"unet.{name}" for name in theirs}
     assert all(torch.equal(node_0[f"unet.{name}"], value) for name, value in theirs.items())
+    assert sorted(f.name for f in (run / "figures").iterdir()) == [
+        "mismatch.png", "path.png", "student.png"]
 
 
-def spent(argv, stage):
-    """Forwards of one sample that a stage makes of a UNet at its own batches: 2 a backward."""
-    total = 0
-
-    def count(net, inputs, output):
-        nonlocal total
-        if isinstance(net, UNet2DConditionModel) and len(output[0]) != problem.SHOWN:
-            total += len(output[0]) * (3 if output[0].requires_grad else 1)
-
-    hook = torch.nn.modules.module.register_module_forward_hook(count)
-    try:
-        stage.main(argv)
-    finally:
-        hook.remove()
-    return total
-
-
-def test_a_cycle_costs_the_bound(recorded, tmp_path, no_figures):
-    """The target is guided, which costs a forward more: 4k + 5."""
-    argv = ["sdxl", "--out", str(tmp_path), "--path", str(recorded / "path"), *BACKTRACK,
-            "--fake-updates", "2", "--steps", "1"]
-    assert spent(argv, backtrack) == 13 * 2
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["network_evals"]["stage2"] == 13 * 2
-
-
-def test_stage_1_costs_what_it_says(tmp_path):
-    argv = ["sdxl", "--out", str(tmp_path), *SMALL, "--steps", "4", "--nodes", "2"]
-    made = spent(argv, degrade)
-    assert made == json.loads((tmp_path / "path" / "path.json").read_text())["network_evals"]
+def test_network_evals_are_the_forwards_and_backwards_that_are_made(
+        tmp_path, no_figures, forwards):
+    """The target is guided, which costs a forward more: 4k + 5. It asks for twice the batch."""
+    out, kinds = ["sdxl", "--out", tmp_path, *SMALL], UNet2DConditionModel
+    stage1 = forwards(kinds, (2, 4), degrade.main, [*out, "--steps", 4, "--nodes", 2])
+    stage2 = forwards(kinds, (2, 4), backtrack.main, [*out, "--steps", 1, "--fake-updates", 2])
+    assert json.loads((tmp_path / "metrics.json").read_text())["network_evals"] == {
+        "stage1": stage1, "stage2": stage2, "total": stage1 + stage2}
+    assert stage2 == 13 * 2
 
 
 class Watch(TorchDispatchMode):
@@ -582,11 +558,6 @@ def test_the_snapshots_are_of_the_noise_and_the_prompts_that_the_figures_name(ru
     assert all((one != other).any() for i, one in enumerate(rows) for other in rows[:i])
     assert torch.equal(made.teacher.unet.conv_in.weight, make(
         problem, "tiny").teacher.unet.conv_in.weight)  # the teacher is itself again
-
-
-def test_all_figures_are_drawn(run):
-    assert sorted(f.name for f in (run / "figures").iterdir()) == [
-        "mismatch.png", "path.png", "student.png"]
 
 
 def test_a_decoded_picture_is_the_pipelines(base):

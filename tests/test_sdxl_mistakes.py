@@ -72,7 +72,7 @@ def test_a_folder_that_lacks_a_file_is_refused_naming_it(mine, file):
     assert file in line and str(mine) in line and "unet/config.json" not in line
 
 
-def test_a_model_that_is_not_sdxl_is_refusal(mine):
+def test_a_model_that_is_not_sdxl_is_refused(mine):
     edit(mine / "model_index.json", _class_name="StableDiffusionPipeline")
     assert "not SDXL but StableDiffusionPipeline" in refusal(
         make, problem, "tiny", model=str(mine))
@@ -119,7 +119,7 @@ def test_broken_text_encoders_and_tokenizers_are_refused_with_the_remedy(mine, t
     ({"beta_end": 1e300}, "noise schedule"),
     ({"beta_start": 0.0}, "from 0.0"), ({"beta_schedule": "exotic"}, "exotic"),
     ({"_class_name": "EDMEulerScheduler"}, "EDM"), ({"beta_start": None}, "noise schedule")])
-def test_another_kind_of_noise_schedule_is_refusal(mine, changes, cause):
+def test_another_kind_of_noise_schedule_is_refused(mine, changes, cause):
     edit(mine / "scheduler" / "scheduler_config.json", **changes)
     line = refusal(model.load_sigmas, mine)
     assert cause in line and "scheduler_config.json has another noise schedule" in line
@@ -135,7 +135,7 @@ def test_no_part_of_the_noise_schedule_is_left_to_defaults(mine, name):
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
-def test_a_scheduler_that_does_not_predict_epsilon_is_refusal(mine, kind):
+def test_a_scheduler_that_does_not_predict_epsilon_is_refused(mine, kind):
     edit(mine / "scheduler" / "scheduler_config.json", prediction_type=kind)
     assert kind in refusal(make, problem, "tiny", model=str(mine))
 
@@ -155,7 +155,7 @@ def test_weights_that_are_not_the_unets_are_refused_naming_the_file(mine):
 @pytest.mark.parametrize("content, cause", [
     (b"", "is empty"), (b" \n\n\t\n", "is empty"), (b"a dog\na caf\xe9\n", "not UTF-8 at byte 11"),
     (None, "cannot be read")])
-def test_prompts_that_cannot_be_read_are_refusal(tmp_path, content, cause):
+def test_prompts_that_cannot_be_read_are_refused(tmp_path, content, cause):
     file = tmp_path / "prompts.txt"
     if content is not None:
         file.write_bytes(content)
@@ -232,7 +232,7 @@ def test_the_shipped_prompts_are_200_different_ones_of_ascii():
     assert len(set(lines)) == 200 and all(line.isascii() for line in lines)
 
 
-def test_a_path_of_another_teacher_size_or_prompts_is_refusal(mine, prompts, tmp_path):
+def test_a_path_of_another_teacher_size_or_prompts_is_refused(mine, prompts, tmp_path):
     argv = ["sdxl", "--prompts", str(prompts), "--out", str(tmp_path / "run")]
     degrade.main([*argv, *SMALL])
     held = sorted((tmp_path / "run").rglob("*"))
@@ -244,7 +244,7 @@ def test_a_path_of_another_teacher_size_or_prompts_is_refusal(mine, prompts, tmp
     assert sorted((tmp_path / "run").rglob("*")) == held
 
 
-def test_what_generate_cannot_use_is_refusal(offline, base, tmp_path):
+def test_what_generate_cannot_use_is_refused(offline, base, tmp_path):
     (tmp_path / "run").mkdir()
     assert "backtrack.py" in refusal(generate.load, str(tmp_path / "run"), str(base))
     line = refusal(generate.load, "SYZhang0805/DisBack", str(base))
@@ -277,7 +277,7 @@ def test_a_nodes_difference_is_not_taken_for_weights(base, tmp_path):
     ({"minus_teacher.bias": torch.zeros(1)}, "bias"),  # which could be added to any shape
     ({"minus_teacher.bias": torch.tensor([0, torch.inf])}, "not finite: bias"),
     ({"minus_teacher.bias": torch.zeros(2, dtype=torch.int8)}, "torch.int8")])
-def test_a_node_whose_difference_does_not_fit_is_refusal(tmp_path, more, cause):
+def test_a_node_whose_difference_does_not_fit_is_refused(tmp_path, more, cause):
     net = torch.nn.Linear(2, 2)
     files.save_tensors(tmp_path / "00.safetensors", net.state_dict())
     good = model.difference(net, net)
