@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # tiny networks: threads cost more than they give
+
+import disback  # noqa: E402
+from runtime import command  # noqa: E402
 
 # A toy that both stages finish in a second; the flags of either stage.
 SMALL = ["--width", "16", "--depth", "1", "--teacher-steps", "60", "--teacher-batch", "64"]
@@ -35,6 +39,40 @@ def recorded(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def completed(recorded, tmp_path_factory):
+    """A finished run of both stages, without figures; copy it before writing to it."""
+    import backtrack
+    from toy2d import figures
+
+    out = tmp_path_factory.mktemp("completed") / "run"
+    shutil.copytree(recorded, out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "draw", lambda *args: None)
+        backtrack.main(["toy2d", "--out", str(out), *BACKTRACK])
+    return out
+
+
+@pytest.fixture
+def finished(completed, tmp_path, no_figures):
+    """A copy of that run's folder, and the command that made it."""
+    out = shutil.copytree(completed, tmp_path / "run")
+    return out, ["toy2d", "--out", str(out), *BACKTRACK]
+
+
+@pytest.fixture(scope="session")
+def pair(recorded, tmp_path_factory):
+    """A run of VSD, and one of DisBack that is compared with it, with all their figures."""
+    import backtrack
+
+    out = tmp_path_factory.mktemp("pair")
+    shutil.copytree(recorded / "path", out / "main" / "path")
+    backtrack.main(["toy2d", "--out", str(out / "vsd"), "--target", "teacher", *BACKTRACK])
+    backtrack.main(["toy2d", "--out", str(out / "main"), *BACKTRACK, "--compare",
+                    str(out / "vsd")])
+    return out
+
+
 @pytest.fixture(scope="module")
 def small_digits():
     """A network for the digits, without attention, that answers in a fraction of the time."""
@@ -45,6 +83,44 @@ def small_digits():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(problem.NETWORKS, "digits", small)
         yield
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """The folder of SDXL's tiny pipeline, as anybody's local model."""
+    from sdxl import layout
+
+    return layout.find("", tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def mine(base, tmp_path):
+    """A copy of the tiny pipeline to spoil."""
+    return shutil.copytree(base, tmp_path / "mine")
+
+
+def refusal(function, *args, **keywords):
+    """What the Refusal says, in one line, that a call must end with."""
+    with pytest.raises(disback.Refusal) as error:
+        function(*args, **keywords)
+    return " ".join(str(error.value).split())
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """refused(main, argv): the one line on standard error of a run that must end with status 2."""
+
+    def run(main, argv):
+        monkeypatch.setattr(sys, "argv", ["stage.py", *map(str, argv)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            command.run(main, "lower --batch")
+        said = capsys.readouterr().err
+        line = said.strip().splitlines()[-1]
+        assert ended.value.code == 2 and line.startswith("error: ") and "Traceback" not in said
+        return line
+
+    return run
 
 
 def make(problem, preset=None, seed=0, device="cpu", **changes):
@@ -65,6 +141,30 @@ def before_updates():
     yield register
     for handle in handles:
         handle.remove()
+
+
+@pytest.fixture
+def forwards():
+    """forwards(kinds, batch, main, argv): the forwards of one sample that a stage makes of networks
+    of these kinds at its own batch; a backward through the weights counts 2."""
+
+    def run(kinds, batch, main, argv):
+        total = 0
+
+        def count(net, inputs, output):
+            nonlocal total
+            made = output if isinstance(output, torch.Tensor) else output[0]
+            if isinstance(net, kinds) and len(made) in batch:
+                total += len(made) * (3 if made.requires_grad else 1)
+
+        hook = torch.nn.modules.module.register_module_forward_hook(count)
+        try:
+            main([str(word) for word in argv])
+        finally:
+            hook.remove()
+        return total
+
+    return run
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import ROOT
+from conftest import ROOT, refusal
 from safetensors.torch import load_file, save_file
 
 import disback
@@ -208,8 +208,7 @@ def test_bytes_are_edms_truncated_and_clipped():
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
 def test_images_that_are_not_finite_become_no_bytes(broken):
-    with pytest.raises(disback.Refusal, match="images are not finite"):
-        features.to_uint8(torch.tensor([0.0, broken]))
+    assert "images are not finite" in refusal(features.to_uint8, torch.tensor([0.0, broken]))
 
 
 @pytest.mark.parametrize("images", [torch.zeros(2, 1, 8, 9, dtype=torch.uint8),
@@ -275,15 +274,13 @@ def test_inception_gets_bytes_and_gives_its_features_not_its_answers(inception):
                                     {"mu": np.array([None]), "sigma": np.eye(1)}])
 def test_a_reference_that_is_none_is_refused_by_name(inception, broken):
     np.savez(inception[1], **broken)
-    with pytest.raises(disback.Refusal, match="reference.npz"):
-        features.of_inception(*inception, "cpu")
+    assert "reference.npz" in refusal(features.of_inception, *inception, "cpu")
 
 
 @pytest.mark.parametrize("content", [None, b"no TorchScript"])
 def test_an_inception_that_is_none_is_refused_by_name(inception, content):
     inception[0].unlink() if content is None else inception[0].write_bytes(content)
-    with pytest.raises(disback.Refusal, match="inception.pt"):
-        features.of_inception(*inception, "cpu")
+    assert "inception.pt" in refusal(features.of_inception, *inception, "cpu")
 
 
 # --------------------------------------------------------------------------------- the command
@@ -404,8 +401,7 @@ def test_a_cut_off_measurement_is_not_gone_on_with_once_its_parts_have_changed(
         about = {what: "b"}
     else:
         others = {what: "b"}
-    with pytest.raises(disback.Refusal, match=what):
-        run(capsys, tmp_path, "--images", 20)
+    assert what in refusal(run, capsys, tmp_path, "--images", 20)
 
 
 @pytest.mark.parametrize("broken", [
@@ -432,14 +428,11 @@ def test_a_run_is_measured_on_three_blocks_of_fifty_thousand_unless_told(monkeyp
 
 
 def test_features_and_covariances_that_cannot_be_are_refused():
-    with pytest.raises(disback.Refusal, match="not finite"):
-        fid.Statistics(2).add(torch.tensor([[0.0, float("nan")]]))
+    assert "not finite" in refusal(fid.Statistics(2).add, torch.tensor([[0.0, float("nan")]]))
     one, zero = torch.eye(2), torch.zeros(2)
     for mean, cov in ((1e200 * torch.ones(2).double(), one), (zero, torch.inf * one)):
-        with pytest.raises(disback.Refusal, match="distance is not finite"):
-            fid.frechet_distance(zero, one, mean, cov)
-    with pytest.raises(disback.Refusal, match="negative eigenvalues"):
-        fid.frechet_distance(zero, one, zero, -one)
+        assert "distance is not finite" in refusal(fid.frechet_distance, zero, one, mean, cov)
+    assert "negative eigenvalues" in refusal(fid.frechet_distance, zero, one, zero, -one)
 
 
 @pytest.mark.parametrize("argv, cause", [
@@ -448,7 +441,7 @@ def test_features_and_covariances_that_cannot_be_are_refused():
     (["gone.npz"], "gone.npz"), (["gone"], "gone"), (["x.npz", "--images", "0"], "--images"),
     (["x.npz", "--images", "11"], "10 images, too few"), (["x.npz", "--preset", "large"], "large"),
     (["x.npz", "--preset", "full"], "uint8"), (["x.npz", "--reference", "x"], "--reference"),
-    (["flat.npz"], r"\[n, h, w, c\]"), (["float.npz"], "uint8"), (["text.npz"], "text.npz"),
+    (["flat.npz"], "[n, h, w, c]"), (["float.npz"], "uint8"), (["text.npz"], "text.npz"),
     (["objects.npz"], "objects.npz"), (["empty.npz"], "2 images"), ([], "RUN")])
 def test_the_command_refuses_by_name(monkeypatch, tmp_path, inception, argv, cause):
     monkeypatch.chdir(tmp_path)
@@ -459,5 +452,4 @@ def test_the_command_refuses_by_name(monkeypatch, tmp_path, inception, argv, cau
     np.savez("float.npz", np.zeros((10, 8, 8, 1)))
     np.savez("objects.npz", np.array([None]))
     (tmp_path / "text.npz").write_text("no zip")
-    with pytest.raises(disback.Refusal, match=cause):
-        fid.main(argv)
+    assert cause in refusal(fid.main, argv)

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make
+from conftest import ROOT, make, refusal
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 from scipy.stats import kstest
@@ -182,31 +182,9 @@ def test_both_stages_write_the_run_folder_with_figures_and_complete_metrics(run)
         assert imread(run / "figures" / figure).std() > 0
 
 
-@pytest.mark.parametrize("fake_updates", [1, 2])
-def test_network_evals_are_the_forwards_and_backwards_that_are_made(run, tmp_path, monkeypatch,
-                                                                    fake_updates):
-    """In forwards of one image: a backward through the weights counts 2 (a bound of 4k + 4)."""
-    spent = 0
-
-    def count(module, inputs, output):
-        nonlocal spent
-        if isinstance(module, edm.ADM) and len(output) == 8:
-            spent += 8 * (3 if output.requires_grad else 1)
-
-    monkeypatch.setattr(problem.Evaluation, "__call__", lambda *args: {})
-    monkeypatch.setattr(problem.figures, "draw", lambda *args: None)
-    shutil.copytree(run / "path", tmp_path / "path")
-    hook = torch.nn.modules.module.register_module_forward_hook(count)
-    try:
-        backtrack.main([*BACKTRACK, "--out", str(tmp_path), "--fake-updates", str(fake_updates)])
-    finally:
-        hook.remove()
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["network_evals"]["stage2"] == spent == (4 * fake_updates + 4) * 8 * 6
-
-
 def test_a_run_that_is_cut_off_resumes_to_the_same_bits(run, tmp_path, monkeypatch, cut_off):
     monkeypatch.setattr(problem.figures, "draw", lambda *args: None)
+    monkeypatch.setattr(problem.Evaluation, "__call__", lambda *args: {})
     shutil.copytree(run / "path", tmp_path / "path")
     cut_off(2 * 4, backtrack.main, [*BACKTRACK, "--out", tmp_path])
     backtrack.main([*BACKTRACK, "--out", str(tmp_path), "--resume"])
@@ -325,17 +303,14 @@ def test_the_grid_shows_every_image_in_its_place(run, tmp_path, capsys):
     (["--steps", "0"], "--steps"), (["--seed", "-1"], "--seed"), (["--steps", "9"], "--node"),
     (["--seed", "9" * 20], "--seed")])
 def test_sampling_refuses_by_name(run, flags, cause):
-    with pytest.raises(disback.Refusal, match=cause):
-        sample.main([str(run), *flags])
+    assert cause in refusal(sample.main, [str(run), *flags])
 
 
 def test_an_unfinished_run_and_a_node_of_the_teacher_are_refused(run, tmp_path):
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     (tmp_path / "student.safetensors").unlink()
-    with pytest.raises(disback.Refusal, match="--resume"):
-        sample.main([str(tmp_path)])
-    with pytest.raises(disback.Refusal, match="--node is for"):
-        sample.main(["teacher", "--node", "1"])
+    assert "--resume" in refusal(sample.main, [str(tmp_path)])
+    assert "--node is for" in refusal(sample.main, ["teacher", "--node", "1"])
 
 
 def test_a_path_of_another_noise_level_is_refused_naming_it(run, tmp_path):
@@ -345,8 +320,7 @@ def test_a_path_of_another_noise_level_is_refused_naming_it(run, tmp_path):
 
 
 def test_the_images_are_the_presets():
-    with pytest.raises(disback.Refusal, match="--images"):
-        degrade.main(["imagenet64", "--images", "imagenet"])
+    assert "--images" in refusal(degrade.main, ["imagenet64", "--images", "imagenet"])
 
 
 def test_a_checkpoint_of_another_network_is_refused_naming_the_flag():
@@ -355,13 +329,10 @@ def test_a_checkpoint_of_another_network_is_refused_naming_the_flag():
 
 
 def test_a_run_of_another_problem_and_a_folder_without_a_run_are_refused(tmp_path):
-    with pytest.raises(disback.Refusal, match="config.json"):
-        sample.main([str(tmp_path)])
+    assert "config.json" in refusal(sample.main, [str(tmp_path)])
     (tmp_path / "config.json").write_text(json.dumps({"backtrack": {"problem": "toy2d"}}))
-    with pytest.raises(disback.Refusal, match="toy2d, not imagenet64"):
-        sample.main([str(tmp_path)])
-    with pytest.raises(disback.Refusal, match="no stage degrade"):
-        sample.main([str(tmp_path), "--node", "0"])
+    assert "toy2d, not imagenet64" in refusal(sample.main, [str(tmp_path)])
+    assert "no stage degrade" in refusal(sample.main, [str(tmp_path), "--node", "0"])
 
 
 def test_weights_of_another_network_are_refused_by_name(run, tmp_path):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import refusal
 from safetensors.torch import load_file
 from torch import nn
 
@@ -147,21 +148,16 @@ def test_missing_too_long_and_truncated_nodes_are_refused(tmp_path):
     whole = file.read_bytes()
     for broken in (whole[:-1], whole + b"more", b""):
         file.write_bytes(broken)
-        with pytest.raises(disback.Refusal, match="02.safetensors"):
-            disback.DegradationPath(tmp_path)
+        assert "02.safetensors" in refusal(disback.DegradationPath, tmp_path)
     file.unlink()
-    with pytest.raises(disback.Refusal, match="02.safetensors"):
-        disback.DegradationPath(tmp_path)
+    assert "02.safetensors" in refusal(disback.DegradationPath, tmp_path)
     file.write_bytes(whole)
     assert len(disback.DegradationPath(tmp_path)) == 5
 
 
 def test_a_folder_without_a_path_is_refused_with_the_remedy(tmp_path):
-    with pytest.raises(disback.Refusal, match="degrade.py"):
-        disback.DegradationPath(tmp_path / "nothing")
+    assert "degrade.py" in refusal(disback.DegradationPath, tmp_path / "nothing")
     (tmp_path / "path.json").write_text("{ not json")
-    with pytest.raises(disback.Refusal, match="path.json"):
-        disback.DegradationPath(tmp_path)
+    assert "path.json" in refusal(disback.DegradationPath, tmp_path)
     (tmp_path / "path.json").write_text(json.dumps([1]))
-    with pytest.raises(disback.Refusal, match="path.json"):
-        disback.DegradationPath(tmp_path)
+    assert "path.json" in refusal(disback.DegradationPath, tmp_path)

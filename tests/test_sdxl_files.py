@@ -6,33 +6,16 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
+from conftest import refusal
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-import disback
 from runtime import files
 from sdxl import generate, layout, model, problem, text
 
 KINDS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel,
          "text_encoder_2": CLIPTextModelWithProjection}
-
-
-def refused(function, *args, **keywords) -> str:
-    with pytest.raises(disback.Refusal) as error:
-        function(*args, **keywords)
-    return " ".join(str(error.value).split())
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return layout.find("", tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def mine(base, tmp_path):
-    """A copy of the tiny pipeline to spoil."""
-    return shutil.copytree(base, tmp_path / "mine")
 
 
 def rewritten(folder, part, **how):
@@ -80,13 +63,13 @@ def test_a_shard_that_is_missing_or_cut_is_found_before_anything_is_computed(min
     shard = layout.weights(mine, "unet")[0][1]
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-9])
-    assert f"{shard} is broken" in refused(layout.find, str(mine), mine)
+    assert f"{shard} is broken" in refusal(layout.find, str(mine), mine)
     shard.unlink()
-    assert f"lacks {shard.relative_to(mine)}" in refused(layout.find, str(mine), mine)
+    assert f"lacks {shard.relative_to(mine)}" in refusal(layout.find, str(mine), mine)
     index = mine / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     for broken in ("{", "{}", '{"weight_map": {"a": 7}}', "[]"):
         index.write_text(broken)
-        assert "index.json" in refused(layout.find, str(mine), mine)
+        assert "index.json" in refusal(layout.find, str(mine), mine)
 
 
 def edit(file, change):
@@ -113,7 +96,7 @@ CHANGES = {
 def test_each_part_of_a_pipeline_is_loaded_strictly(mine, part, change):
     (file,), _ = layout.weights(mine, part)
     edit(file, CHANGES[change])
-    line = refused(model.load_part, KINDS[part], mine, part)
+    line = refusal(model.load_part, KINDS[part], mine, part)
     assert str(file) in line and "does not hold this" in line
     assert change in line or change in ("shape", "_orig_mod")
     if change == "_orig_mod" and part in ("unet", "vae"):
@@ -131,7 +114,7 @@ def test_a_students_file_is_loaded_strictly(base, tmp_path, ending, change, caus
     CHANGES[change](weights, "conv_in.bias")
     file = tmp_path / f"student.{ending}"
     save_file(weights, file) if ending == "safetensors" else torch.save(weights, file)
-    line = refused(generate.load, str(file), str(base))
+    line = refusal(generate.load, str(file), str(base))
     assert str(file) in line and cause in line
 
 
@@ -142,7 +125,7 @@ def test_names_with_the_prefix_of_a_node_are_taken_if_all_have_it(base, tmp_path
     save_file(prefixed, tmp_path / "all.safetensors")
     model.load_unet(config, tmp_path / "all.safetensors")
     save_file(prefixed | {"conv_in.bias": torch.zeros(16)}, tmp_path / "two.safetensors")
-    assert "unet." in refused(model.load_unet, config, tmp_path / "two.safetensors")
+    assert "unet." in refusal(model.load_unet, config, tmp_path / "two.safetensors")
 
 
 @pytest.mark.parametrize("what", ["file", "gone.safetensors", "owner/gone.safetensors", "here/gone",
@@ -158,11 +141,11 @@ def test_the_hub_is_never_asked_for_what_is_meant_as_a_place_here(tmp_path, monk
 
     monkeypatch.setattr(layout, "snapshot_download", asked)
     monkeypatch.setattr(generate, "hf_hub_download", asked)
-    line = refused(layout.find, what, tmp_path, "--base") if what else ""
+    line = refusal(layout.find, what, tmp_path, "--base") if what else ""
     assert not what or "--base" in line
     assert what != "file" or "single file" in line and "from_single_file" in line
     if what != "file":
-        line = refused(generate.load, what or "runs/sdxl")
+        line = refusal(generate.load, what or "runs/sdxl")
         assert (what or "runs/sdxl") in line and "--student" in line
 
 
@@ -195,7 +178,7 @@ def test_a_students_numbers_are_checked_when_they_are_read(tmp_path, field, valu
     file = tmp_path / "student" / "disback.json"
     file.parent.mkdir()
     file.write_text(json.dumps({"base": "", "timestep": 399, "size": 32, field: value}))
-    line = refused(generate.load, str(tmp_path))
+    line = refusal(generate.load, str(tmp_path))
     assert str(file) in line and (field in line or "NaN" in line)
 
 
@@ -204,7 +187,7 @@ def test_a_picture_that_is_not_finite_is_not_drawn(base, tmp_path):
     weights = load_file(layout.weights(base, "unet")[0][0])
     weights["conv_out.weight"].fill_(3e38)
     save_file(weights, tmp_path / "large.safetensors")
-    line = refused(generate.main, ["a dog", "--student", str(tmp_path / "large.safetensors"),
+    line = refusal(generate.main, ["a dog", "--student", str(tmp_path / "large.safetensors"),
                                    "--base", str(base), "--out", str(tmp_path / "images")])
     assert "a picture is not finite" in line and not list((tmp_path / "images").iterdir())
 
@@ -216,7 +199,7 @@ def test_embeddings_that_are_not_finite_are_not_kept(mine, tmp_path):
         if name.endswith("mlp.fc2.weight"):
             weights[name].fill_(3e38)
     save_file(weights, file)
-    assert "not finite" in refused(text.embed, mine, ["a dog"], tmp_path / "cache")
+    assert "not finite" in refusal(text.embed, mine, ["a dog"], tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
@@ -227,7 +210,7 @@ def test_kept_embeddings_that_cannot_be_are_to_be_removed(base, tmp_path, broken
     text.embed(base, ["a dog"], tmp_path)
     (file,) = tmp_path.glob("sdxl-text-*")
     files.save_tensors(file, broken)
-    assert f"{file} is broken: remove it" in refused(text.embed, base, ["a dog"], tmp_path)
+    assert f"{file} is broken: remove it" in refusal(text.embed, base, ["a dog"], tmp_path)
 
 
 def test_a_pipeline_that_diffusers_saves_again_is_the_same_model(base, mine):

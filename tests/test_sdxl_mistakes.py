@@ -10,14 +10,13 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from conftest import make
+from conftest import make, refusal
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import backtrack
 import degrade
-import disback
 from runtime import files, folder
 from sdxl import generate, layout, model, problem, text
 
@@ -25,28 +24,11 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 SMALL = ["--steps", "3", "--nodes", "2", "--log-every", "50"]
 
 
-def refused(function, *args, **keywords) -> str:
-    with pytest.raises(disback.Refusal) as error:
-        function(*args, **keywords)
-    return " ".join(str(error.value).split())
-
-
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     file = tmp_path_factory.mktemp("prompts") / "two.txt"
     file.write_text("a dog\na cat\n")
     return file
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return layout.find("", tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def mine(base, tmp_path):
-    """A copy of the tiny pipeline to spoil."""
-    return shutil.copytree(base, tmp_path / "mine")
 
 
 @pytest.fixture
@@ -65,20 +47,20 @@ def edit(file, **changes):
     ({"store": "fp16"}, "store"), ({"clip": 0.0}, "clip"),
     ({"switch": "adaptive"}, "networks that are not guided")])
 def test_values_that_make_no_sense_are_refused_by_name(changes, cause):
-    assert cause in refused(make, problem, "tiny", **changes)
+    assert cause in refusal(make, problem, "tiny", **changes)
 
 
 @pytest.mark.parametrize("name", ["", "somebody/something", "no/such/place", "./nothing"])
 def test_without_network_or_local_model_the_files_and_the_flag_are_named(offline, tmp_path, name):
     preset, changes = ("tiny", {"model": name}) if name else ("full", {})
-    line = refused(make, problem, preset, **changes)
+    line = refusal(make, problem, preset, **changes)
     assert "--model" in line and UNET in line
     assert "text_encoder_2/model.safetensors" in line and "tokenizer_2/" in line
     assert ("Error: " in line) == (name in ("", "somebody/something"))  # what the hub's client said
 
 
 def test_a_run_without_a_model_writes_nothing(offline, tmp_path):
-    refused(degrade.main, ["sdxl", "--preset", "full", "--out", str(tmp_path / "run")])
+    refusal(degrade.main, ["sdxl", "--preset", "full", "--out", str(tmp_path / "run")])
     assert [file.name for file in (tmp_path / "run").iterdir()] == [".disback.lock"]
 
 
@@ -86,24 +68,24 @@ def test_a_run_without_a_model_writes_nothing(offline, tmp_path):
                                   "scheduler/scheduler_config.json"])
 def test_a_folder_that_lacks_a_file_is_refused_naming_it(mine, file):
     (mine / file).unlink()
-    line = refused(make, problem, "tiny", model=str(mine))
+    line = refusal(make, problem, "tiny", model=str(mine))
     assert file in line and str(mine) in line and "unet/config.json" not in line
 
 
 def test_a_model_that_is_not_sdxl_is_refused(mine):
     edit(mine / "model_index.json", _class_name="StableDiffusionPipeline")
-    assert "not SDXL but StableDiffusionPipeline" in refused(
+    assert "not SDXL but StableDiffusionPipeline" in refusal(
         make, problem, "tiny", model=str(mine))
     edit(mine / "model_index.json", _class_name="StableDiffusionXLPipeline")
     edit(mine / "unet" / "config.json", addition_embed_type=None)
-    assert "not SDXL" in refused(make, problem, "tiny", model=str(mine))
+    assert "not SDXL" in refusal(make, problem, "tiny", model=str(mine))
 
 
 def test_a_tokenizer_is_one_file_or_two_and_is_missed_before_anything_is_computed(mine):
     for name in ("tokenizer", "tokenizer_2"):
         (mine / name / "tokenizer.json").unlink()
         (mine / name / "vocab.json").touch()
-    line = refused(layout.find, str(mine), mine)
+    line = refusal(layout.find, str(mine), mine)
     assert "lacks tokenizer/merges.txt, tokenizer_2/merges.txt: --model" in line
     for name in ("tokenizer", "tokenizer_2"):
         (mine / name / "merges.txt").touch()
@@ -114,19 +96,19 @@ def test_a_tokenizer_is_one_file_or_two_and_is_missed_before_anything_is_compute
     f"{part}/{stem}.safetensors" for part, stem in layout.PARTS.items()])
 def test_weights_that_were_cut_off_are_found_before_anything_is_computed(mine, name):
     (mine / name).write_bytes((mine / name).read_bytes()[:-100])
-    line = refused(layout.find, str(mine), mine)
+    line = refusal(layout.find, str(mine), mine)
     assert f"{mine / name} is broken: fetch it again" in line
 
 
 def test_a_vae_of_no_size_is_found_before_anything_is_computed(mine):
     (mine / "vae" / "config.json").write_text("{}")
-    assert "vae/config.json is no VAE's" in refused(layout.find, str(mine), mine)
+    assert "vae/config.json is no VAE's" in refusal(layout.find, str(mine), mine)
 
 
 @pytest.mark.parametrize("name", ["text_encoder/config.json", "tokenizer/tokenizer.json"])
 def test_broken_text_encoders_and_tokenizers_are_refused_with_the_remedy(mine, tmp_path, name):
     (mine / name).write_text("{")
-    line = refused(text.embed, mine, ["a dog"], tmp_path)
+    line = refusal(text.embed, mine, ["a dog"], tmp_path)
     assert str(mine) in line and ("fetch them again" in line or "fetch it again" in line)
 
 
@@ -139,7 +121,7 @@ def test_broken_text_encoders_and_tokenizers_are_refused_with_the_remedy(mine, t
     ({"_class_name": "EDMEulerScheduler"}, "EDM"), ({"beta_start": None}, "noise schedule")])
 def test_another_kind_of_noise_schedule_is_refused(mine, changes, cause):
     edit(mine / "scheduler" / "scheduler_config.json", **changes)
-    line = refused(model.load_sigmas, mine)
+    line = refusal(model.load_sigmas, mine)
     assert cause in line and "scheduler_config.json has another noise schedule" in line
 
 
@@ -149,13 +131,13 @@ def test_no_part_of_the_noise_schedule_is_left_to_defaults(mine, name):
     config = json.loads(file.read_text())
     del config[name]
     file.write_text(json.dumps(config))
-    assert f"without ['{name}']" in refused(make, problem, "tiny", model=str(mine))
+    assert f"without ['{name}']" in refusal(make, problem, "tiny", model=str(mine))
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
 def test_a_scheduler_that_does_not_predict_epsilon_is_refused(mine, kind):
     edit(mine / "scheduler" / "scheduler_config.json", prediction_type=kind)
-    assert kind in refused(make, problem, "tiny", model=str(mine))
+    assert kind in refusal(make, problem, "tiny", model=str(mine))
 
 
 def test_weights_that_are_not_the_unets_are_refused_naming_the_file(mine):
@@ -163,11 +145,11 @@ def test_weights_that_are_not_the_unets_are_refused_naming_the_file(mine):
     whole = file.read_bytes()
     for spoilt in (whole[:-100], b"", b"weights"):
         file.write_bytes(spoilt)
-        assert str(file) in refused(make, problem, "tiny", model=str(mine))
+        assert str(file) in refusal(make, problem, "tiny", model=str(mine))
     shutil.copy(mine / "vae" / "diffusion_pytorch_model.safetensors", file)
-    assert "does not hold this UNet" in refused(make, problem, "tiny", model=str(mine))
+    assert "does not hold this UNet" in refusal(make, problem, "tiny", model=str(mine))
     edit(mine / "unet" / "config.json", down_block_types=["Unknown"])
-    assert "does not hold this UNet" in refused(make, problem, "tiny", model=str(mine))
+    assert "does not hold this UNet" in refusal(make, problem, "tiny", model=str(mine))
 
 
 @pytest.mark.parametrize("content, cause", [
@@ -177,7 +159,7 @@ def test_prompts_that_cannot_be_read_are_refused(tmp_path, content, cause):
     file = tmp_path / "prompts.txt"
     if content is not None:
         file.write_bytes(content)
-    line = refused(make, problem, "tiny", prompts=str(file))
+    line = refusal(make, problem, "tiny", prompts=str(file))
     assert cause in line and str(file) in line
 
 
@@ -217,7 +199,7 @@ def test_a_cache_that_was_cut_off_is_to_be_removed_and_a_folder_beside_the_encod
     text.embed(mine, ["a dog"], tmp_path)
     (file,) = tmp_path.glob("sdxl-text-*")
     file.write_bytes(file.read_bytes()[:-100])
-    assert f"{file} is broken: remove it" in refused(text.embed, base, ["a dog"], tmp_path)
+    assert f"{file} is broken: remove it" in refusal(text.embed, base, ["a dog"], tmp_path)
 
 
 def test_every_prompt_is_embedded_whatever_their_number(base, tmp_path):
@@ -254,39 +236,39 @@ def test_a_path_of_another_teacher_size_or_prompts_is_refused(mine, prompts, tmp
     argv = ["sdxl", "--prompts", str(prompts), "--out", str(tmp_path / "run")]
     degrade.main([*argv, *SMALL])
     held = sorted((tmp_path / "run").rglob("*"))
-    assert "size" in refused(backtrack.main, [*argv, "--size", "40"])
-    assert "prompts_sha256" in refused(backtrack.main, ["sdxl", "--out", str(tmp_path / "run")])
+    assert "size" in refusal(backtrack.main, [*argv, "--size", "40"])
+    assert "prompts_sha256" in refusal(backtrack.main, ["sdxl", "--out", str(tmp_path / "run")])
     weights = load_file(mine / UNET)
     files.save_tensors(mine / UNET, {k: 2 * w for k, w in weights.items()})
-    assert "model_sha256" in refused(backtrack.main, [*argv, "--model", str(mine)])
+    assert "model_sha256" in refusal(backtrack.main, [*argv, "--model", str(mine)])
     assert sorted((tmp_path / "run").rglob("*")) == held
 
 
 def test_what_generate_cannot_use_is_refused(offline, base, tmp_path):
     (tmp_path / "run").mkdir()
-    assert "backtrack.py" in refused(generate.load, str(tmp_path / "run"), str(base))
-    line = refused(generate.load, "SYZhang0805/DisBack", str(base))
+    assert "backtrack.py" in refusal(generate.load, str(tmp_path / "run"), str(base))
+    line = refusal(generate.load, "SYZhang0805/DisBack", str(base))
     assert "SDXL_DisBack.bin" in line and "--student" in line
     for content in (b"", b"weights", b"\x80\x04\x95"):
         (tmp_path / "w.bin").write_bytes(content)
-        assert "w.bin" in refused(generate.load, str(tmp_path / "w.bin"), str(base))
+        assert "w.bin" in refusal(generate.load, str(tmp_path / "w.bin"), str(base))
     torch.save({"unet": torch.zeros(3)}, tmp_path / "w.bin")
-    assert "w.bin" in refused(generate.load, str(tmp_path / "w.bin"), str(base))
-    line = refused(generate.load, str(base / UNET), "no/such/place")
+    assert "w.bin" in refusal(generate.load, str(tmp_path / "w.bin"), str(base))
+    line = refusal(generate.load, str(base / UNET), "no/such/place")
     assert "--base" in line and "--model" not in line
     (tmp_path / "file").touch()
-    assert "--out takes a folder" in refused(
+    assert "--out takes a folder" in refusal(
         generate.main, ["a dog", "--student", "none", "--out", str(tmp_path / "file")])
     for flags in (["--batch", "0"], ["--seeds", "-1"], ["--steps", "2"], ["--sceds", "1"], []):
         argv = [*(["a dog"] if flags else []), *flags]
-        assert refused(generate.main, [*argv, "--out", str(tmp_path / "images")])
+        assert refusal(generate.main, [*argv, "--out", str(tmp_path / "images")])
     assert not (tmp_path / "images").exists()
 
 
 def test_a_nodes_difference_is_not_taken_for_weights(base, tmp_path):
     teacher = make(problem, "tiny", prompts=str(base / "model_index.json")).teacher
     files.save_tensors(tmp_path / "01.safetensors", model.difference(teacher, teacher))
-    line = refused(generate.load, str(tmp_path / "01.safetensors"), str(base))
+    line = refusal(generate.load, str(tmp_path / "01.safetensors"), str(base))
     assert "does not hold this UNet" in line
 
 
@@ -317,7 +299,7 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_keeps_what_was_there(
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", full)
-    assert "make room" in refused(generate.export, tmp_path, base, 0, base="", timestep=1, size=8)
+    assert "make room" in refusal(generate.export, tmp_path, base, 0, base="", timestep=1, size=8)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["student", "student.safetensors"]
     assert files.load_json(tmp_path / "student" / "disback.json", "") == {"kept": True}
 
@@ -336,7 +318,7 @@ def test_the_student_of_a_run_that_is_replaced_is_removed_and_what_is_beside_it_
     args = SimpleNamespace(out=tmp_path, problem="sdxl", preset="tiny", seed=0, overwrite=False,
                            resume=False, accumulate=1, shard=False, compile=False,
                            writes=folder.writes("backtrack", problem.WRITES))
-    assert "student/unet/config.json exists" in refused(folder.refuse_taken, tmp_path, args)
+    assert "student/unet/config.json exists" in refusal(folder.refuse_taken, tmp_path, args)
     args.overwrite = True
     folder.refuse_taken(tmp_path, args)
     folder.claim(args, made, "backtrack", {}, 0)
@@ -349,7 +331,7 @@ def test_code_in_a_file_of_weights_is_not_run(base, tmp_path):
             return (open, (str(tmp_path / "ran"), "w"))
 
     torch.save({"x": Bomb()}, tmp_path / "bomb.bin")
-    assert "bomb.bin" in refused(generate.load, str(tmp_path / "bomb.bin"), str(base))
+    assert "bomb.bin" in refusal(generate.load, str(tmp_path / "bomb.bin"), str(base))
     assert not (tmp_path / "ran").exists()
 
 

@@ -1,6 +1,7 @@
 """Both stages end to end on a shrunken toy: what they write, count, repeat and resume."""
 
 import contextlib
+import copy
 import dataclasses
 import importlib
 import json
@@ -9,14 +10,16 @@ import shutil
 
 import pytest
 import torch
-from conftest import BACKTRACK, make
+from conftest import BACKTRACK, DEGRADE, make
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import backtrack
 import degrade
 import disback
-from toy2d import figures, model, problem
+from toy2d import model, problem
+
+NETS = model.Denoiser, model.Untrained
 
 
 def backtracked(recorded, out, *flags):
@@ -29,15 +32,10 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-def test_both_stages_write_the_run_folder_with_figures_and_complete_metrics(
-        recorded, tmp_path, monkeypatch):
-    """The figures of the second run, beside the first; test_ranks.py looks at those of a path."""
-    with monkeypatch.context() as patch:
-        patch.setattr(figures, "draw", lambda *args: None)
-        backtracked(recorded, tmp_path)
-    backtrack.main(["toy2d", "--out", str(tmp_path / "vsd"), "--target", "teacher", *BACKTRACK,
-                    "--compare", str(tmp_path)])
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+def test_both_stages_write_the_run_folder_with_complete_metrics(pair):
+    """test_toy.py looks at the figures."""
+    run = pair / "main"
+    metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["problem"] == "toy2d" and metrics["preset"] == "ring" and metrics["seed"] == 0
     assert metrics["method"] == "disback" and metrics["steps"] == 20 and metrics["node"] == 0
     assert metrics["seconds"] > 0 and metrics["peak_memory_bytes"] > 10e6
@@ -45,14 +43,13 @@ def test_both_stages_write_the_run_folder_with_figures_and_complete_metrics(
         assert metrics[name] >= 0
     evals = metrics["network_evals"]
     assert evals["total"] == evals["stage1"] + evals["stage2"]
-    vsd = json.loads((tmp_path / "vsd" / "metrics.json").read_text())
+    vsd = json.loads((pair / "vsd" / "metrics.json").read_text())
     assert vsd["method"] == "vsd" and vsd["network_evals"]["stage1"] == 0
     assert vsd["network_evals"]["stage2"] == evals["stage2"] == 8 * 64 * 20
-    assert len(list((tmp_path / "vsd" / "figures").iterdir())) == 6
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 15, 20]  # every fifth at first
     assert {"node", "loss_fake", "mismatch", "network_evals", "swd"} <= lines[0].keys()
-    settings = json.loads((tmp_path / "config.json").read_text())["backtrack"]
+    settings = json.loads((run / "config.json").read_text())["backtrack"]
     assert settings["interval"] == 2 and settings["target"] == "path"
 
 
@@ -63,8 +60,9 @@ def test_the_target_ends_as_the_recorded_teacher_and_the_path_starts_with_it(rec
     assert not same(last, teacher.state_dict())
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others(recorded, tmp_path, no_figures):
-    one = backtracked(recorded, tmp_path / "one")
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
+        recorded, completed, tmp_path, no_figures):
+    one = load_file(completed / "student.safetensors")
     assert same(one, backtracked(recorded, tmp_path / "two"))
     vsd = ["toy2d", *BACKTRACK, "--target", "teacher"]
     backtrack.main([*vsd, "--out", str(tmp_path / "zero"), "--seed", "0"])
@@ -73,9 +71,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(recorded, tmp
                     load_file(tmp_path / "three" / "student.safetensors"))
 
 
-def test_logging_and_saving_more_often_change_no_bit(recorded, tmp_path, no_figures):
+def test_logging_and_saving_more_often_change_no_bit(recorded, completed, tmp_path, no_figures):
     often = backtracked(recorded, tmp_path / "often", "--log-every", "3", "--save-every", "5")
-    assert same(often, backtracked(recorded, tmp_path / "seldom"))
+    assert same(often, load_file(completed / "student.safetensors"))
 
 
 @pytest.mark.parametrize("flags", [
@@ -112,13 +110,13 @@ def test_a_resumed_scheduler_has_its_node_its_age_and_its_sum_of_mismatches(
     assert same(made[0].target.state_dict(), node)
 
 
-def test_a_torn_last_line_of_the_log_does_not_stop_a_resumed_run(recorded, tmp_path, no_figures):
-    whole = backtracked(recorded, tmp_path)
-    with open(tmp_path / "log.jsonl", "a") as log:
+def test_a_torn_last_line_of_the_log_does_not_stop_a_resumed_run(completed, finished):
+    out, argv = finished
+    with open(out / "log.jsonl", "a") as log:
         log.write('{"step": 2')
-    backtrack.main(["toy2d", "--out", str(tmp_path), *BACKTRACK, "--resume"])
-    assert same(whole, load_file(tmp_path / "student.safetensors"))
-    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"] == 20
+    backtrack.main([*argv, "--resume"])
+    assert same(*(load_file(run / "student.safetensors") for run in (completed, out)))
+    assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] == 20
 
 
 def test_a_short_run_takes_the_student_most_of_the_way_to_the_data(tmp_path, no_figures):
@@ -129,40 +127,44 @@ def test_a_short_run_takes_the_student_most_of_the_way_to_the_data(tmp_path, no_
     assert lines[-1]["swd"] < lines[0]["swd"] / 2
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """The arguments of every call of the two losses; networks as they were then."""
+    seen = {"vsd_loss": [], "score_matching_loss": []}
+
+    def watch(name, loss):
+        def spy(*args, **keywords):
+            seen[name].append([copy.deepcopy(x) if isinstance(x, NETS) else x for x in args])
+            return loss(*args, **keywords)
+
+        monkeypatch.setattr(disback, name, spy)
+
+    for name in seen:
+        watch(name, getattr(disback, name))
+    return seen
+
+
 def test_the_fake_starts_at_the_last_node_and_learns_with_the_problems_weight(
-        recorded, tmp_path, no_figures, monkeypatch):
-    vsd_loss, score_matching, first, weights = disback.vsd_loss, disback.score_matching_loss, [], []
-
-    def spy(x0, sigma, fake, *rest):
-        first.append({k: v.clone() for k, v in fake.state_dict().items()})
-        return vsd_loss(x0, sigma, fake, *rest)
-
-    def spy_weight(net, x0, sigma, cond, weight, eps):
-        weights.append((sigma, weight))
-        return score_matching(net, x0, sigma, cond, weight, eps)
-
-    monkeypatch.setattr(disback, "vsd_loss", spy)
-    monkeypatch.setattr(disback, "score_matching_loss", spy_weight)
+        recorded, tmp_path, no_figures, calls):
     backtracked(recorded, tmp_path)
-    assert same(first[0], load_file(recorded / "path" / "04.safetensors"))
-    for sigma, weight in weights:  # EDM's weight, (sigma^2 + sigma_data^2) / (their product)^2
+    _, _, fake, *_ = calls["vsd_loss"][0]
+    assert same(fake.state_dict(), load_file(recorded / "path" / "04.safetensors"))
+    assert len(calls["score_matching_loss"]) == 20
+    for _, _, sigma, _, weight, _ in calls["score_matching_loss"]:
+        # EDM's weight, (sigma^2 + sigma_data^2) / (their product)^2
         torch.testing.assert_close(weight, 1.42**-2 + sigma**-2)
 
 
-def test_the_student_that_is_saved_is_the_moving_average(recorded, tmp_path, no_figures):
+def test_the_student_that_is_saved_is_the_moving_average(
+        recorded, completed, tmp_path, no_figures):
     def raw(out):
         return torch.load(out / "state.pt", weights_only=True)["student"]
 
-    slow = backtracked(recorded, tmp_path / "slow")
-    assert not same(slow, raw(tmp_path / "slow"))
+    assert not same(load_file(completed / "student.safetensors"), raw(completed))
     forgetful = backtracked(recorded, tmp_path / "fast", "--ema", "1e-9")
     for name, value in raw(tmp_path / "fast").items():
         torch.testing.assert_close(forgetful[name], value)
-
-
-def test_without_an_average_the_student_itself_is_saved(recorded, tmp_path, no_figures):
-    served = backtracked(recorded, tmp_path, "--ema", "0")
-    assert same(served, torch.load(tmp_path / "state.pt", weights_only=True)["student"])
+    assert same(backtracked(recorded, tmp_path / "none", "--ema", "0"), raw(tmp_path / "none"))
 
 
 def test_bf16_is_of_the_arithmetic_alone():
@@ -190,40 +192,17 @@ def test_the_denoiser_is_the_raw_network_under_edms_preconditioning():
 
 @pytest.mark.parametrize("fake_updates", [1, 3])
 def test_network_evals_are_the_forwards_and_backwards_that_are_made(
-        recorded, tmp_path, no_figures, fake_updates):
-    """In forwards of one sample: a backward through the weights counts 2 (a bound of 4k + 4)."""
-    spent = 0
-
-    def count(module, inputs, output):
-        nonlocal spent
-        if isinstance(module, (model.Denoiser, model.Untrained)) and len(output) == 64:
-            spent += 64 * (3 if output.requires_grad else 1)
-
-    hook = torch.nn.modules.module.register_module_forward_hook(count)
-    try:
-        backtracked(recorded, tmp_path, "--fake-updates", str(fake_updates))
-    finally:
-        hook.remove()
+        recorded, tmp_path, no_figures, forwards, fake_updates):
+    """At most 4k + 4 an iteration."""
+    made = forwards(NETS, [64], lambda flags: backtracked(recorded, tmp_path, *flags),
+                    ["--fake-updates", fake_updates])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["network_evals"]["stage2"] == spent == (4 * fake_updates + 4) * 64 * 20
+    assert metrics["network_evals"]["stage2"] == made == (4 * fake_updates + 4) * 64 * 20
 
 
-def test_network_evals_of_stage_1_are_those_that_are_made(tmp_path):
-    from conftest import DEGRADE
-
-    spent = 0
-
-    def count(module, inputs, output):
-        nonlocal spent
-        if isinstance(module, (model.Denoiser, model.Untrained)) and len(output) == 64:
-            spent += 64 * (3 if output.requires_grad else 1)
-
-    hook = torch.nn.modules.module.register_module_forward_hook(count)
-    try:
-        degrade.main(["toy2d", "--out", str(tmp_path), *DEGRADE])
-    finally:
-        hook.remove()
-    assert json.loads((tmp_path / "path" / "path.json").read_text())["network_evals"] == spent
+def test_network_evals_of_stage_1_are_those_that_are_made(tmp_path, forwards):
+    made = forwards(NETS, [64], degrade.main, ["toy2d", "--out", tmp_path, *DEGRADE])
+    assert json.loads((tmp_path / "path" / "path.json").read_text())["network_evals"] == made
 
 
 def test_the_two_by_two_of_target_and_fake_start_are_four_different_runs(
@@ -315,44 +294,29 @@ def rates(before_updates):
     return seen
 
 
-def test_student_and_fake_learn_at_their_own_rates_which_fall_as_a_cosine(
-        recorded, tmp_path, no_figures, rates):
-    backtracked(recorded, tmp_path, "--lr-student", "3e-3", "--lr-fake", "7e-3")
-    fall = [(1 + math.cos(math.pi * step / 20)) / 2 for step in range(20)]
+@pytest.mark.parametrize("decay, fall", [
+    ("cosine", [(1 + math.cos(math.pi * step / 20)) / 2 for step in range(20)]),
+    ("constant", [1] * 20)])
+def test_student_and_fake_learn_at_their_own_rates_which_fall_as_a_cosine_or_stay(
+        recorded, tmp_path, no_figures, rates, decay, fall):
+    backtracked(recorded, tmp_path, "--lr-student", "3e-3", "--lr-fake", "7e-3", "--decay", decay)
     assert [lr for _, lr in rates[0::2]] == pytest.approx([3e-3 * f for f in fall])
     assert [lr for _, lr in rates[1::2]] == pytest.approx([7e-3 * f for f in fall])
     assert len({id(optimizer) for optimizer, _ in rates}) == 2
 
 
-def test_a_constant_rate_stays(recorded, tmp_path, no_figures, rates):
-    backtracked(recorded, tmp_path, "--lr-student", "3e-3", "--decay", "constant")
-    assert {lr for _, lr in rates[0::2]} == {3e-3}
-
-
-def test_stage_1_learns_at_its_own_rate_with_the_problems_weight(tmp_path, monkeypatch, rates):
-    from conftest import DEGRADE
-
-    score_matching, weights = disback.score_matching_loss, []
-
-    def spy(net, x0, sigma, cond=None, weight=1.0, eps=None):
-        weights.append((sigma, weight))
-        return score_matching(net, x0, sigma, cond, weight, eps)
-
-    monkeypatch.setattr(disback, "score_matching_loss", spy)
+def test_stage_1_learns_at_its_own_rate_with_the_problems_weight(tmp_path, calls, rates):
     degrade.main(["toy2d", "--out", str(tmp_path), *DEGRADE, "--lr-degrade", "5e-3"])
     assert [lr for _, lr in rates][-20:] == [5e-3] * 20
-    for sigma, weight in weights[-20:]:  # those before them are the teacher's own training
+    for _, _, sigma, _, weight, _ in calls["score_matching_loss"][-20:]:  # the teacher's come first
         torch.testing.assert_close(weight, 1.42**-2 + sigma**-2)
 
 
 def test_the_weighting_and_the_momentum_are_those_asked_for(
-        recorded, tmp_path, no_figures, monkeypatch, rates):
-    vsd_loss, weightings = disback.vsd_loss, set()
-    monkeypatch.setattr(disback, "vsd_loss",
-                        lambda *args: weightings.add(args[5]) or vsd_loss(*args))
+        recorded, tmp_path, no_figures, calls, rates):
     backtracked(recorded, tmp_path, "--weighting", "dmd", "--beta1", "0.3", "--beta2", "0.7",
                 "--weight-decay", "0.1")
-    assert weightings == {"dmd"}
+    assert {args[5] for args in calls["vsd_loss"]} == {"dmd"}
     for optimizer, _ in rates:
         assert optimizer.defaults["betas"] == (0.3, 0.7)
         assert optimizer.defaults["weight_decay"] == 0.1
@@ -400,23 +364,11 @@ def test_the_loops_make_all_tensors_where_the_networks_are(name, monkeypatch):
 
 
 def test_the_students_update_and_score_matching_have_their_own_noise_levels(
-        recorded, tmp_path, no_figures, monkeypatch):
-    make, vsd_loss, score_matching = problem.make, disback.vsd_loss, disback.score_matching_loss
-    levels = {"vsd": [], "fake": []}
-
-    def spy(x0, sigma, *rest):
-        levels["vsd"].append(sigma)
-        return vsd_loss(x0, sigma, *rest)
-
-    def spy_fake(net, x0, sigma, *rest):
-        levels["fake"].append(sigma)
-        return score_matching(net, x0, sigma, *rest)
-
-    monkeypatch.setattr(disback, "vsd_loss", spy)
-    monkeypatch.setattr(disback, "score_matching_loss", spy_fake)
+        recorded, tmp_path, no_figures, monkeypatch, calls):
+    make = problem.make
     monkeypatch.setattr(problem, "make", lambda *args, **changes: dataclasses.replace(
         make(*args, **changes), sample_sigma_vsd=lambda n: torch.full((n, 1), 3.0),
         sample_sigma=lambda n: torch.full((n, 1), 4.0)))
     backtracked(recorded, tmp_path)
-    assert {sigma.unique().item() for sigma in levels["vsd"]} == {3.0}
-    assert {sigma.unique().item() for sigma in levels["fake"]} == {4.0}
+    assert {args[1].unique().item() for args in calls["vsd_loss"]} == {3.0}
+    assert {args[2].unique().item() for args in calls["score_matching_loss"]} == {4.0}

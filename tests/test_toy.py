@@ -2,14 +2,14 @@
 
 import json
 import re
-import shutil
 
 import pytest
 import torch
-from conftest import BACKTRACK, make
+from conftest import BACKTRACK, DEGRADE, make
 from safetensors.torch import load_file
 
 import backtrack
+import degrade
 from toy2d import diagnosis, mixture, model, problem
 
 SMALL = dict(width=16, depth=1, teacher_steps=60, teacher_batch=64)
@@ -102,17 +102,6 @@ def test_a_look_keeps_what_fake_and_target_answer_on_a_grid_around_the_students_
     torch.testing.assert_close(seen["student"], student(watch.z)[:, :2])
 
 
-@pytest.fixture(scope="module")
-def pair(recorded, tmp_path_factory):
-    """A run of VSD, and one of DisBack that is compared with it."""
-    out = tmp_path_factory.mktemp("pair")
-    shutil.copytree(recorded / "path", out / "main" / "path")
-    backtrack.main(["toy2d", "--out", str(out / "vsd"), "--target", "teacher", *BACKTRACK])
-    backtrack.main(["toy2d", "--out", str(out / "main"), *BACKTRACK, "--compare",
-                    str(out / "vsd")])
-    return out
-
-
 def log(run):
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
@@ -154,18 +143,11 @@ def test_a_run_beside_another_has_the_same_figures_and_a_wider_animation(pair):
     assert both.n_frames >= 5
 
 
-@pytest.mark.parametrize("preset", ["ring16", "uneven"])
-def test_a_run_of_another_preset_ends_with_all_figures(tmp_path, preset):
-    from conftest import DEGRADE
-
-    import degrade
-
-    flags = ["toy2d", "--preset", preset, "--out", str(tmp_path)]
+def test_a_run_in_16_dimensions_ends_with_all_figures(tmp_path):
+    flags = ["toy2d", "--preset", "ring16", "--out", str(tmp_path)]
     degrade.main([*flags, *DEGRADE])
     backtrack.main([*flags, *BACKTRACK])
     assert len(list((tmp_path / "figures").iterdir())) == 6
     student = load_file(tmp_path / "student.safetensors")
-    assert student["centre"].numel() == (16 if preset == "ring16" else 2)
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert ("off_plane" in metrics) == (preset == "ring16")
-    assert model.Untrained(8.0, 16, 1, student["centre"].numel()).load_state_dict(student)
+    model.Untrained(8.0, 16, 1, 16).load_state_dict(student)
+    assert json.loads((tmp_path / "metrics.json").read_text())["off_plane"] >= 0
