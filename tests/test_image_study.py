@@ -48,7 +48,7 @@ def test_what_stage_1_and_more_updates_of_the_fake_take_iterations_lack(arm, sma
 
 
 def test_a_run_that_diverges_is_a_line_and_counts_as_infinitely_far(small):
-    found = study.advance("digits", "vsd", 0, ((1e30, 1e30),))
+    found = study.advance("digits", "vsd", 0, ((1e17, 1e17),))
     (run,) = runs_of({"cell": "digits", "arm": "vsd", "seed": 0, "rates": [[1, 1]],
                       **found}).values()
     assert math.isnan(run["final"]["frechet"]) and len(run["bias"]) == study.POINTS
