@@ -376,3 +376,19 @@ def test_too_little_memory_is_said_where_the_error_says_nothing(capsys, monkeypa
         raise MemoryError
 
     assert "out of memory (lower --batch)" in refused(capsys, monkeypatch, main, [])
+
+
+@pytest.mark.parametrize("main, flags", [
+    (degrade.main, DEGRADE), (degrade.main, [*DEGRADE, "--resume"]),
+    (backtrack.main, BACKTRACK), (backtrack.main, [*BACKTRACK, "--resume"])])
+def test_a_folder_in_use_is_said_to_be_so_whatever_else_is_wrong(
+        recorded, capsys, monkeypatch, tmp_path, main, flags):
+    def held(handle, how):
+        raise BlockingIOError
+
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "log.jsonl").write_text("")
+    (tmp_path / "path" / "path.json").unlink()
+    monkeypatch.setattr(fcntl, "lockf", held)
+    line = refused(capsys, monkeypatch, main, ["toy2d", "--out", tmp_path, *flags])
+    assert "another process is at work" in line and "--overwrite" not in line
