@@ -45,6 +45,8 @@ def enter(stage: str, args: Any) -> None:
     out = args.out
     for place in sorted({out, *(Path(out, name).parent for name in args.writes)}):
         files.must_take_files(place, "--out")
+    if ranks.rank() == 0:
+        lock(out)  # first: what is there may be another's, under way
     known = {"problem": args.problem, "preset": args.preset, "seed": args.seed,
              **what_matters(args.config, stage)}
     recorded = stage == "degrade" and (out / "path" / "path.json").exists()
@@ -62,8 +64,6 @@ def enter(stage: str, args: Any) -> None:
         check_finished(args.compare, args.problem)
         if args.compare.resolve() == out.resolve():
             raise Refusal(f"--compare {args.compare} is this run itself: name another one")
-    if ranks.rank() == 0:
-        lock(out)
     if args.resume and recorded:
         if ranks.rank() == 0:
             (out / "path" / "state.pt").unlink(missing_ok=True)

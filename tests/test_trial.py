@@ -12,7 +12,6 @@ import sys
 import pytest
 import torch
 from conftest import BACKTRACK, DEGRADE, make
-from test_mistakes import refused
 
 import backtrack
 import degrade
@@ -26,11 +25,11 @@ def names(out):
     return sorted(str(file.relative_to(out)) for file in out.rglob("*"))
 
 
-def test_a_refused_run_leaves_a_folder_as_it_was_found(capsys, monkeypatch, tmp_path):
+def test_a_refused_run_leaves_a_folder_as_it_was_found(refused, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
     for out in ("notes", "new/and/deep"):
-        refused(capsys, monkeypatch, degrade.main, [
+        refused(degrade.main, [
             "imagenet64", "--teacher", tmp_path / "none.safetensors", "--out", tmp_path / out])
         assert names(tmp_path) == ["notes", "notes/mine.txt"]
 
@@ -79,17 +78,17 @@ def test_sigterm_outside_the_loops_ends_in_a_line_and_lets_go_of_the_folder(
     assert not names(tmp_path)
 
 
-def test_a_tilde_of_nobody_makes_no_folder(capsys, monkeypatch, tmp_path):
+def test_a_tilde_of_nobody_makes_no_folder(refused, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    line = refused(capsys, monkeypatch, degrade.main, ["toy2d", "--out", "~no-such-user/x"])
+    line = refused(degrade.main, ["toy2d", "--out", "~no-such-user/x"])
     assert "--out" in line and "~no-such-user/x" in line and not names(tmp_path)
 
 
 @pytest.mark.parametrize("main, argv, first", [
     (sample.main, ["--classes", "3", "7", "runs/digits"], "RUN"),
     (generate.main, ["--seeds", "1", "2", "a cat"], "PROMPT")])
-def test_what_must_come_before_a_list_of_numbers_is_said(capsys, monkeypatch, main, argv, first):
-    line = refused(capsys, monkeypatch, main, argv)
+def test_what_must_come_before_a_list_of_numbers_is_said(refused, main, argv, first):
+    line = refused(main, argv)
     assert argv[0] in line and repr(argv[-1]) in line and f"{first} comes before" in line
 
 
@@ -114,8 +113,7 @@ def test_the_figures_do_without_a_users_own_snapshot(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["figures", "path"])
-def test_what_lies_beyond_a_link_is_not_replaced(
-        recorded, capsys, monkeypatch, tmp_path, place):
+def test_what_lies_beyond_a_link_is_not_replaced(refused, recorded, tmp_path, place):
     out, mine = tmp_path / "run", tmp_path / "mine"
     shutil.copytree(recorded, out)
     shutil.rmtree(out / place, ignore_errors=True)
@@ -123,7 +121,7 @@ def test_what_lies_beyond_a_link_is_not_replaced(
     for name in ("path.png", "00.safetensors"):
         (mine / name).write_text("mine")
     (out / place).symlink_to(mine)
-    line = refused(capsys, monkeypatch, degrade.main,
+    line = refused(degrade.main,
                    ["toy2d", "--out", out, *DEGRADE, "--overwrite"])
     assert "link" in line and {file.read_text() for file in mine.iterdir()} == {"mine"}
 
@@ -134,24 +132,23 @@ def test_a_link_to_a_runs_whole_folder_is_that_run(recorded, tmp_path):
     degrade.main(["toy2d", "--out", str(tmp_path / "link"), *DEGRADE, "--overwrite"])
 
 
-def test_a_folder_in_a_files_place_is_refused_before_anything_goes(
-        recorded, capsys, monkeypatch, tmp_path):
+def test_a_folder_in_a_files_place_is_refused_before_anything_goes(refused, recorded, tmp_path):
     shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
     (tmp_path / "metrics.json").mkdir()
     (tmp_path / "student.safetensors").write_text("a student")
     before = names(tmp_path)
-    line = refused(capsys, monkeypatch, degrade.main,
+    line = refused(degrade.main,
                    ["toy2d", "--out", tmp_path, *DEGRADE, "--overwrite"])
     assert "metrics.json" in line and names(tmp_path) == before
 
 
 @pytest.mark.parametrize("finished", ["student.safetensors", "metrics.json"])
 def test_a_student_without_its_numbers_is_not_offered_for_overwriting(
-        recorded, capsys, monkeypatch, tmp_path, finished):
+        refused, recorded, tmp_path, finished):
     shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
     (tmp_path / finished).write_text("{}")
     for flags in ([], ["--resume"]):
-        line = refused(capsys, monkeypatch, backtrack.main,
+        line = refused(backtrack.main,
                        ["toy2d", "--out", tmp_path, *BACKTRACK, *flags])
         assert "overwrite" not in line
 
@@ -170,31 +167,31 @@ def finished(recorded, tmp_path):
     return out
 
 
-def compared(capsys, monkeypatch, recorded, other, out):
+def compared(refused, monkeypatch, recorded, other, out):
     monkeypatch.setattr("toy2d.problem.trained_teacher", lambda *_: pytest.fail("trained"))
-    return refused(capsys, monkeypatch, backtrack.main, [
+    return refused(backtrack.main, [
         "toy2d", "--path", recorded / "path", *BACKTRACK, "--out", out, "--compare", other])
 
 
 @pytest.mark.parametrize("change", [{"method": "other"}, {"method": None}, {"steps": 0}])
 def test_numbers_that_the_comparison_needs_are_looked_at_first(
-        finished, recorded, capsys, monkeypatch, tmp_path, change):
+        finished, recorded, refused, monkeypatch, tmp_path, change):
     file = finished / "metrics.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    assert next(iter(change)) in compared(capsys, monkeypatch, recorded, finished, tmp_path / "new")
+    assert next(iter(change)) in compared(refused, monkeypatch, recorded, finished, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("change", [{"network_evals": None}, {"swd": "many"}])
-def test_so_are_the_lines_of_its_log(finished, recorded, capsys, monkeypatch, tmp_path, change):
+def test_so_are_the_lines_of_its_log(finished, recorded, refused, monkeypatch, tmp_path, change):
     file = finished / "log.jsonl"
     file.write_text(json.dumps(json.loads(file.read_text()) | change) + "\n")
-    line = compared(capsys, monkeypatch, recorded, finished, tmp_path / "new")
+    line = compared(refused, monkeypatch, recorded, finished, tmp_path / "new")
     assert next(iter(change)) in line and "log.jsonl" in line
 
 
 @pytest.mark.parametrize("broken", ["none", "cut", "shape", "nan node"])
-def test_so_are_its_snapshots(finished, recorded, capsys, monkeypatch, tmp_path, broken):
+def test_so_are_its_snapshots(finished, recorded, refused, monkeypatch, tmp_path, broken):
     file = finished / "snapshots" / "0000002.safetensors"
     if broken == "none":
         shutil.rmtree(file.parent)
@@ -203,7 +200,7 @@ def test_so_are_its_snapshots(finished, recorded, capsys, monkeypatch, tmp_path,
     else:
         files.save_tensors(file, {"x0": torch.zeros(4, 3 if broken == "shape" else 2),
                                   "node": torch.tensor(float("nan") if "nan" in broken else 0)})
-    assert "snapshots" in compared(capsys, monkeypatch, recorded, finished, tmp_path / "new")
+    assert "snapshots" in compared(refused, monkeypatch, recorded, finished, tmp_path / "new")
 
 
 def test_a_whole_run_can_be_compared_with(finished):
@@ -212,24 +209,24 @@ def test_a_whole_run_can_be_compared_with(finished):
 
 @pytest.mark.parametrize("place", ["figures", "snapshots", "path"])
 def test_a_file_in_a_folders_place_is_refused_before_any_training(
-        capsys, monkeypatch, tmp_path, place):
+        refused, monkeypatch, tmp_path, place):
     monkeypatch.setattr("toy2d.problem.trained_teacher", lambda *_: pytest.fail("trained"))
     (tmp_path / place).write_text("mine")
-    line = refused(capsys, monkeypatch, degrade.main, ["toy2d", "--out", tmp_path, *DEGRADE])
+    line = refused(degrade.main, ["toy2d", "--out", tmp_path, *DEGRADE])
     assert str(tmp_path / place) in line and "--out" in line
 
 
-def test_a_sample_that_cannot_be_written_is_not_drawn(capsys, monkeypatch, tmp_path):
+def test_a_sample_that_cannot_be_written_is_not_drawn(refused, monkeypatch, tmp_path):
     monkeypatch.setattr(sample, "source", lambda *_: pytest.fail("read"))
     (tmp_path / "file").write_text("mine")
-    line = refused(capsys, monkeypatch, sample.main, ["run", "--to", tmp_path / "file" / "x.npz"])
+    line = refused(sample.main, ["run", "--to", tmp_path / "file" / "x.npz"])
     assert str(tmp_path / "file") in line and "--to" in line
 
 
 @pytest.mark.parametrize("flag", ["--start-sigma", "--sigma-data", "--lr-degrade", "--distance"])
 @pytest.mark.parametrize("value", ["1e30", "1e-30"])
-def test_a_number_whose_square_float32_lacks_is_refused(capsys, monkeypatch, flag, value):
-    line = refused(capsys, monkeypatch, degrade.main, ["toy2d", flag, value])
+def test_a_number_whose_square_float32_lacks_is_refused(refused, flag, value):
+    line = refused(degrade.main, ["toy2d", flag, value])
     assert flag in line and value.replace("1e", "1e+" if "-" not in value else "1e") in line
 
 
@@ -272,12 +269,12 @@ def test_without_a_home_the_cache_must_be_named(monkeypatch):
         files.cached("x")
 
 
-def test_a_missing_package_is_a_line(capsys, monkeypatch):
+def test_a_missing_package_is_a_line(refused):
     def main(argv):
         import no_such_package  # noqa: F401
 
-    assert "requirements.txt" in refused(capsys, monkeypatch, main, [])
-    assert "no_such_package" in refused(capsys, monkeypatch, main, [])
+    assert "requirements.txt" in refused(main, [])
+    assert "no_such_package" in refused(main, [])
 
 
 def test_a_path_that_was_recorded_again_is_not_blamed_on_a_flag(tmp_path):
@@ -287,11 +284,11 @@ def test_a_path_that_was_recorded_again_is_not_blamed_on_a_flag(tmp_path):
 
 
 def test_a_cache_that_takes_no_files_is_refused_before_a_teacher_is_trained(
-        capsys, monkeypatch, tmp_path):
+        refused, monkeypatch, tmp_path):
     monkeypatch.setattr("toy2d.problem.train", lambda *_: pytest.fail("trained"))
     (tmp_path / "file").write_text("mine")
     monkeypatch.setenv("DISBACK_CACHE", str(tmp_path / "file"))
-    line = refused(capsys, monkeypatch, degrade.main, ["toy2d", "--out", tmp_path / "r", *DEGRADE])
+    line = refused(degrade.main, ["toy2d", "--out", tmp_path / "r", *DEGRADE])
     assert str(tmp_path / "file") in line and "DISBACK_CACHE" in line
 
 
@@ -371,8 +368,24 @@ def test_a_line_of_the_log_that_cannot_be_is_refused(finished, line):
         folder.read_log(finished)
 
 
-def test_too_little_memory_is_said_where_the_error_says_nothing(capsys, monkeypatch):
+def test_too_little_memory_is_said_where_the_error_says_nothing(refused):
     def main(argv):
         raise MemoryError
 
-    assert "out of memory (lower --batch)" in refused(capsys, monkeypatch, main, [])
+    assert "out of memory (lower --batch)" in refused(main, [])
+
+
+@pytest.mark.parametrize("main, flags", [
+    (degrade.main, DEGRADE), (degrade.main, [*DEGRADE, "--resume"]),
+    (backtrack.main, BACKTRACK), (backtrack.main, [*BACKTRACK, "--resume"])])
+def test_a_folder_in_use_is_said_to_be_so_whatever_else_is_wrong(
+        refused, recorded, monkeypatch, tmp_path, main, flags):
+    def held(handle, how):
+        raise BlockingIOError
+
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "log.jsonl").write_text("")
+    (tmp_path / "path" / "path.json").unlink()
+    monkeypatch.setattr(fcntl, "lockf", held)
+    line = refused(main, ["toy2d", "--out", tmp_path, *flags])
+    assert "another process is at work" in line and "--overwrite" not in line
