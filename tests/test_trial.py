@@ -178,7 +178,8 @@ def test_numbers_that_the_comparison_needs_are_looked_at_first(
         finished, recorded, refused, monkeypatch, tmp_path, change):
     file = finished / "metrics.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    assert next(iter(change)) in compared(refused, monkeypatch, recorded, finished, tmp_path / "new")
+    line = compared(refused, monkeypatch, recorded, finished, tmp_path / "new")
+    assert next(iter(change)) in line
     assert not (tmp_path / "new").exists()
 
 
