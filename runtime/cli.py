@@ -13,7 +13,7 @@ import torch
 
 from disback import Refusal
 from runtime import ranks
-from runtime.command import check_compiler, path, refuse
+from runtime.command import check_common, path, refuse
 from runtime.folder import enter, writes
 from runtime.interface import Config, Problem, flag_of
 
@@ -42,8 +42,7 @@ def make(args: Any, make: Callable) -> Problem:
 
 def parse(stage: str, doc: str, argv: Sequence[str], flags: dict) -> tuple[Any, Any]:
     """The arguments, with the problem's settings as `config`, and the problem's module."""
-    problems = sorted(file.parent.name for file in
-                      Path(__file__).parent.parent.glob("*/problem.py"))
+    problems = sorted(file.parent.name for file in Path(__file__).parents[1].glob("*/problem.py"))
     parser = argparse.ArgumentParser(f"{stage}.py", description=doc, allow_abbrev=False,
                                      epilog="PROBLEM --help lists the problem's flags as well.")
     parser.error = refuse
@@ -85,18 +84,6 @@ def add_common(parser: argparse.ArgumentParser) -> None:
                         default=torch.cuda.is_available(), help="(default: on a GPU)")
 
 
-def check_common(args: Any) -> None:
-    """Refuse numbers out of range, and shards without ranks."""
-    if not 0 <= args.seed < 2**63:
-        refuse(f"--seed must be from 0 to 2**63 - 1, not {args.seed}")
-    if args.accumulate < 1:
-        refuse(f"--accumulate must be at least 1, not {args.accumulate}")
-    if args.shard and "RANK" not in os.environ:
-        refuse("--shard spreads over ranks: torchrun --nproc_per_node=N starts them")
-    if args.compile:
-        check_compiler()
-
-
 def named_preset(argv: Sequence[str]) -> str | None:
     """The preset that --help shall show."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -117,9 +104,8 @@ def add_settings(parser: argparse.ArgumentParser, stage: str, presets: dict[str,
         elsewhere = field.metadata["stage"] not in ("", stage)
         if elsewhere and field.name not in ("nodes", "interval") or not field.metadata["flag"]:
             continue
-        number = field.type in (int, float)
         group.add_argument(flag_of(field.name), dest=f"config.{field.name}",
-                           type=field.type if number else os.path.expanduser,
+                           type=field.type if field.type in (int, float) else os.path.expanduser,
                            metavar="|".join(get_args(field.type)) or field.type.__name__.upper(),
                            help=f"{field.metadata['help']} ({getattr(presets[shown], field.name)})",
                            default=argparse.SUPPRESS)

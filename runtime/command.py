@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from disback import Refusal
-from runtime import files, folder, ranks
+from runtime import errors, folder, ranks
 
 
 def run(main: Callable[[list[str]], None], memory: str = "") -> None:
@@ -25,7 +25,7 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
     except KeyboardInterrupt as interrupt:
         end(130, "interrupted", str(interrupt))
     except Exception as error:
-        if files.out_of_memory(error):
+        if errors.out_of_memory(error):
             end(2, str(error) or "out of memory", f"({memory})" if memory else "")
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             end(2, "--compile failed: --no-compile runs without;", str(error)[:300])
@@ -75,3 +75,15 @@ def check_compiler() -> None:
     named = os.environ.get("CXX"), os.environ.get("CC")
     if not any(name and shutil.which(name) for name in (*named, "c++", "g++", "clang++", "gcc")):
         refuse("--compile needs a C++ compiler and finds none: install g++, or use --no-compile")
+
+
+def check_common(args: argparse.Namespace) -> None:
+    """Refuse numbers out of range, and shards without ranks."""
+    if not 0 <= args.seed < 2**63:
+        refuse(f"--seed must be from 0 to 2**63 - 1, not {args.seed}")
+    if args.accumulate < 1:
+        refuse(f"--accumulate must be at least 1, not {args.accumulate}")
+    if args.shard and "RANK" not in os.environ:
+        refuse("--shard spreads over ranks: torchrun --nproc_per_node=N starts them")
+    if args.compile:
+        check_compiler()

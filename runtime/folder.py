@@ -4,8 +4,6 @@ earlier commands fits this one."""
 import contextlib
 import dataclasses
 import fcntl
-import json
-import math
 import os
 import shutil
 import sys
@@ -13,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from disback import DegradationPath, Refusal
 from runtime import files, ranks
 from runtime.interface import Config, Problem, flag_of
+from runtime.records import check_number, read_log, read_snapshots
 
 # What the stages write; a problem adds what it draws.
 STAGE1 = ("path/path.json", "path/[0-9]*.safetensors", "path/step-*.safetensors", "path/state.pt",
@@ -234,45 +231,3 @@ def check_finished(run: Path, problem: str) -> None:
             for name in ("mismatch", "network_evals"):
                 check_number(run / "log.jsonl", name, line[name])
     read_snapshots(run)
-
-
-def check_number(file: Path, name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise Refusal(f"{name} in {file} is {value!r}, which is no number that it can be: the file "
-                      "was changed; make it again")
-
-
-def read_log(run: Path) -> list[dict]:
-    """The lines of a run's log, which name numbers; one that a kill has torn is left out."""
-    file = run / "log.jsonl"
-    with files.blame(f"{file} is broken: remove the lines that are not a step's numbers"):
-        lines = [json.loads(line) for line in file.read_text().splitlines(True)
-                 if line.endswith("\n")]
-        for line in lines:
-            assert line["step"] >= 0 and all(isinstance(value, int | float) or name == "node"
-                                             for name, value in line.items()), line
-    return lines
-
-
-def read_snapshots(out: Path) -> list[tuple[int, dict[str, Tensor]]]:
-    """(step, {x0 [n, 2], node}) of each snapshot, the first first."""
-    found = []
-    for file in sorted((out / "snapshots").glob("[0-9]*.safetensors")):
-        if not file.stem.isdigit():
-            continue  # a user's own
-        with files.blame(f"{file} is broken: remove it, and the figures do without it"):
-            held = load_file(file)
-            if held["node"].numel() != 1 or not all(t.isfinite().all() for t in held.values()) or (
-                    found and held["x0"].shape != found[0][1]["x0"].shape):
-                raise ValueError("numbers that no snapshot has")
-            found.append((int(file.stem), held))
-    if not found:
-        raise Refusal(f"{out}/snapshots has none left: figures need a run whose folder is whole")
-    return found
-
-
-def cut_log(file: Path, step: int) -> None:
-    """Remove the lines after `step`, and a torn one."""
-    lines = read_log(file.parent) if file.exists() else []
-    kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
-    files.atomically(file, lambda beside: beside.write_text("".join(kept)))

@@ -11,7 +11,7 @@ from tqdm import trange
 
 from disback import DegradationPath
 from runtime import files, ranks
-from runtime.folder import read_log, read_snapshots
+from runtime.records import read_log, read_snapshots
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)

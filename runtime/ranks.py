@@ -95,3 +95,14 @@ def average_gradients(optimizer: torch.optim.Optimizer) -> None:
     torch._foreach_div_(grads, world_size())
     for work in [dist.all_reduce(grad, async_op=True) for grad in grads]:
         work.wait()
+
+
+def random_state() -> list[torch.Tensor]:
+    state = [torch.get_rng_state()]
+    return [*state, torch.cuda.get_rng_state()] if torch.cuda.is_available() else state
+
+
+def set_random_state(state: list[torch.Tensor]) -> None:
+    torch.set_rng_state(state[0].clone())
+    if torch.cuda.is_available() and len(state) > 1:  # a CPU's run has none
+        torch.cuda.set_rng_state(state[1].clone())

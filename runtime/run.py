@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from disback import Refusal, load_strictly
 from runtime import files, place, ranks
-from runtime.folder import claim, cut_log, must_agree, what_matters
+from runtime.folder import claim, must_agree, what_matters
 from runtime.interface import Problem
+from runtime.records import cut_log
 from runtime.signals import asked_to_stop, heeding_signals
 
 
@@ -103,7 +104,7 @@ class Run:
         sharded = any(place.is_sharded(p) for net in self.nets.values() for p in net.parameters())
         options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=sharded)
         state = {"step": self.step, "since": self.since, "sums": self.sums,
-                 "seconds": self.seconds, "settings": self.settings, "random": random_state(),
+                 "seconds": self.seconds, "settings": self.settings, "random": ranks.random_state(),
                  "others": {name: other.state_dict() for name, other in self.others.items()}}
         for name, net in self.nets.items():
             state[name] = dcp.get_model_state_dict(net, options=options)
@@ -135,7 +136,7 @@ class Run:
             device = next(next(iter(self.nets.values())).parameters()).device
             self.sums = {name: total.to(device) for name, total in state["sums"].items()}
             self.began = time.perf_counter() - state["seconds"]
-            set_random_state(state["random"])
+            ranks.set_random_state(state["random"])
         if ranks.rank() == 0:
             cut_log(self.log_file, self.step)
 
@@ -145,14 +146,3 @@ def check_finite(numbers: dict[str, float], step: int, node: Any, kept: str = ""
         if not math.isfinite(number):
             raise Refusal(f"{name} is {number} at step {step}, node {node}: try lower learning "
                           f"rates{kept}")
-
-
-def random_state() -> list[torch.Tensor]:
-    state = [torch.get_rng_state()]
-    return [*state, torch.cuda.get_rng_state()] if torch.cuda.is_available() else state
-
-
-def set_random_state(state: list[torch.Tensor]) -> None:
-    torch.set_rng_state(state[0].clone())
-    if torch.cuda.is_available() and len(state) > 1:  # a CPU's run has none
-        torch.cuda.set_rng_state(state[1].clone())

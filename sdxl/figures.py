@@ -11,8 +11,8 @@ from torch import Tensor
 
 import disback
 from runtime import files
-from runtime.folder import read_log
 from runtime.plots import of_nodes, plt, read_snapshots, save, switches
+from runtime.records import read_log
 
 
 def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None, vae: AutoencoderKL,

@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 import disback
 from runtime import files
-from runtime.folder import read_log
 from runtime.plots import (
     DATA,
     OTHER,
@@ -24,6 +23,7 @@ from runtime.plots import (
     save,
     switches,
 )
+from runtime.records import read_log
 from toy2d import trajectory
 from toy2d.diagnosis import EARLY, Diagnosis, answers
 from toy2d.metrics import Evaluation

@@ -1,0 +1,46 @@
+"""What fails on files and folders, in a user's words."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+import torch
+
+from disback import Refusal
+
+UNFINISHED = ".unfinished"  # ends the name of a folder in which a file is being written
+
+
+@contextlib.contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Refuse, in the words of `what`, to go on with what fails inside: a file, mostly."""
+    try:
+        yield
+    except Refusal:
+        raise
+    except Exception as error:  # a file that is broken can fail in any way
+        if out_of_memory(error):
+            raise
+        if isinstance(error, PermissionError):
+            place = pathlib.Path(error.filename or what)
+            place = place.parent if place.name.endswith(UNFINISHED) else place
+            raise Refusal(f"permission denied: {place}") from error
+        why = getattr(error, "strerror", None) or str(error)[:300]
+        raise Refusal(f"{what} ({type(error).__name__}: {why})") from error
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory was short; torch has no class of its own for that on the CPU."""
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or isinstance(error, RuntimeError) and any(words in str(error) for words in (
+                "can't allocate memory", "Storage size calculation overflowed")))
+
+
+def must_take_files(folder: pathlib.Path, flag: str) -> None:
+    """Refuse a folder that cannot be made, or written to."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise Refusal(f"{there} is no folder: name another {flag}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Refusal(f"permission denied: {there}: name another {flag}")

@@ -1,0 +1,54 @@
+"""What a run has written on its way, read back: its log, its snapshots."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from disback import Refusal
+from runtime import files
+
+
+def check_number(file: Path, name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise Refusal(f"{name} in {file} is {value!r}, which is no number that it can be: the file "
+                      "was changed; make it again")
+
+
+def read_log(run: Path) -> list[dict]:
+    """The lines of a run's log, which name numbers; one that a kill has torn is left out."""
+    file = run / "log.jsonl"
+    with files.blame(f"{file} is broken: remove the lines that are not a step's numbers"):
+        lines = [json.loads(line) for line in file.read_text().splitlines(True)
+                 if line.endswith("\n")]
+        for line in lines:
+            assert line["step"] >= 0 and all(isinstance(value, int | float) or name == "node"
+                                             for name, value in line.items()), line
+    return lines
+
+
+def read_snapshots(out: Path) -> list[tuple[int, dict[str, Tensor]]]:
+    """(step, {x0 [n, 2], node}) of each snapshot, the first first."""
+    found = []
+    for file in sorted((out / "snapshots").glob("[0-9]*.safetensors")):
+        if not file.stem.isdigit():
+            continue  # a user's own
+        with files.blame(f"{file} is broken: remove it, and the figures do without it"):
+            held = load_file(file)
+            if held["node"].numel() != 1 or not all(t.isfinite().all() for t in held.values()) or (
+                    found and held["x0"].shape != found[0][1]["x0"].shape):
+                raise ValueError("numbers that no snapshot has")
+            found.append((int(file.stem), held))
+    if not found:
+        raise Refusal(f"{out}/snapshots has none left: figures need a run whose folder is whole")
+    return found
+
+
+def cut_log(file: Path, step: int) -> None:
+    """Remove the lines after `step`, and a torn one."""
+    lines = read_log(file.parent) if file.exists() else []
+    kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
+    files.atomically(file, lambda beside: beside.write_text("".join(kept)))
