@@ -116,11 +116,12 @@ def deviation(by_label: list[Tensor]) -> float:
 
 
 def number(run: dict, name: str) -> float:
-    """Of a run: its final distance, infinite for one that diverged; its last spread; its bias, on
-    average over the points."""
-    value = {"frechet": lambda: run["final"]["frechet"], "spread": lambda: run["spread"][-1],
-             "bias": lambda: None if None in run["bias"] else float(np.mean(run["bias"]))}[name]()
-    return math.inf if value is None else value
+    """Of a run: its final distance, infinite for one that diverged; its last spread; the mean of
+    its biases."""
+    found = [run["final"]["frechet"]] if name == "frechet" else run[name]
+    if None in found:
+        return math.inf
+    return found[-1] if name == "spread" else float(np.mean(found))
 
 
 def summary(lines: Lines) -> list[dict]:

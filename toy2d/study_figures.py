@@ -122,7 +122,7 @@ def draw(out: Path, lines: Lines, fresh: tuple[int, ...]) -> None:
                                        if rates_of(judged, cell, "forward")]),
         "map": (draw_map, [cell for cell in both if cell[0].isdigit() and cell.count(" ") == 1])}
     for name, (figure, cells) in figures.items():
-        if cells:
+        if len(cells) >= (3 if name == "map" else 1):
             save(figure(judged, cells), out / f"{name}.png")
 
 
