@@ -223,7 +223,7 @@ def draw_cost(lines: Lines, cells: list[str]) -> plt.Figure:
                               xerr=[[middle - low], [high - middle]], capsize=3, label=NAMES[arm])
     axis.axvline(1, color=DATA)
     axis.set_yticks(range(len(cells)), [
-        f"{cell}\n{seeds_of(lines, cell)} seeds, {len(common(lines, cell))} rates"
+        f"{cell}\nseeds: {seeds_of(lines, cell)}, rates: {len(common(lines, cell))}"
         for cell in cells])
     axis.set(xlabel=f"evaluations to SWD {LEVEL} ÷ plain VSD's, each at its best rate "
              "(left of 1: cheaper; 3: or more)", xlim=(0, 3.05), ylim=(len(cells) - 0.5, -0.5))
