@@ -241,8 +241,8 @@ def test_the_map_counts_arrivals_at_the_rates_that_both_have():
 
 
 def test_the_summary_is_that_of_the_lines(tmp_path):
-    study_figures.write_summary(tmp_path / "again.json", *study_figures.split(
-        STUDY.read(study.FOLDER / "lines.jsonl"), study.FRESH))
+    study_figures.write_summary(tmp_path / "again.json",
+                                STUDY.read(study.FOLDER / "lines.jsonl"), study.FRESH)
     assert (tmp_path / "again.json").read_bytes() == (study.FOLDER / "summary.json").read_bytes()
 
 
