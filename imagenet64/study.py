@@ -1,9 +1,8 @@
 """When does backtracking pay on images? python -m imagenet64.study
 
 As toy2d/study.py, on preset tiny, whose student starts as the teacher's copy: with and without the
-path, one update of the fake for one of the student or two, at four learning rates from far too low
-to too high. All have one budget of network evaluations: what stage 1 and more updates of the fake
-take, iterations lack.
+path, with one update of the fake for one of the student or two, at rates from far too low to too
+high. All have one budget: what stage 1 and more updates of the fake take, iterations lack.
 """
 
 import dataclasses
@@ -118,8 +117,7 @@ def deviation(by_label: list[Tensor]) -> float:
 
 
 def number(run: dict, name: str) -> float:
-    """Of a run: its final distance, infinite for one that diverged; its last spread; the mean of
-    its biases."""
+    """A run's final distance, last spread or mean bias; infinite for one that diverged."""
     found = [run["final"]["frechet"]] if name == "frechet" else run[name]
     if None in found:
         return math.inf
