@@ -1,9 +1,8 @@
 """When does backtracking pay on images? python -m imagenet64.study
 
 As toy2d/study.py, on preset tiny, whose student starts as the teacher's copy: with and without the
-path, one update of the fake for one of the student or two, at four learning rates from far too low
-to too high. All have one budget of network evaluations: what stage 1 and more updates of the fake
-take, iterations lack.
+path, with one update of the fake for one of the student or two, at rates from far too low to too
+high. All have one budget: what stage 1 and more updates of the fake take, iterations lack.
 """
 
 import dataclasses
@@ -26,9 +25,8 @@ from runtime.plots import DATA, OTHER, STUDENT, plt, readable, save
 from runtime.study import Lines, Rates, Study, median_interval, of, quiet, rates_of, words
 
 FOLDER = Path(__file__).parent / "study"
-BUDGET, POINTS = 80, 3  # iterations of plain VSD; times at which student and fake are looked at
-SAMPLES = 400  # images that are looked at
-# Settings that let a run end within a minute on one core; see README.md for how they were found.
+BUDGET = 80  # iterations of plain VSD
+POINTS, SAMPLES = 3, 400  # times at which student and fake are looked at, and images then
 CELLS = {"digits": {"both": {"batch": 16}, "stage1": {"steps": 20, "nodes": 4, "lr_degrade": 1e-3},
                     "stage2": {"interval": 4, "ema": 0.9}}}
 ARMS = {"vsd": {"target": "teacher"}, "disback": {},  # flags of stage 2
@@ -38,6 +36,8 @@ RATES = tuple((rate, rate) for rate in (2e-5, 1e-4, 5e-4, 2.5e-3))  # of student
 SEEDS = tuple(range(5))
 PLAN = [(("digits",), tuple(ARMS), RATES, SEEDS)]
 QUICK = [(("digits",), ("vsd", "disback"), RATES[1:2], SEEDS[:1])]
+LABELS = {"frechet": "Fréchet distance to the data", "spread": "spread ÷ the data's",
+          "bias": "fake's bias"}
 LEVELS = 0.09, 0.3, 1.0  # sigma: the lognormal's median, and a standard deviation to either side
 HALVES = 5.06  # the mean distance of random halves of the digits, see README.md
 
@@ -72,8 +72,8 @@ def distil(out: Path, flags: dict) -> dict:
     except disback.Refusal as refusal:
         if "try lower learning rates" not in str(refusal):
             raise
-        never = [math.nan] * POINTS
-        return {"frechet": math.nan, "accuracy": math.nan, "spread": never, "bias": never}
+        return {**dict.fromkeys(("frechet", "accuracy"), math.nan),
+                **dict.fromkeys(("spread", "bias"), [math.nan] * POINTS)}
     files.load_net(out / "student.safetensors", problem.student)
     rows = [json.loads(row) for row in (out / "log.jsonl").read_text().splitlines()][:POINTS]
     return {**problem.evaluate(problem.student),
@@ -106,21 +106,22 @@ class Diagnosis:
             sigma = torch.tensor(level)
             error = (fake(x0 + sigma * self.eps, sigma, self.cond) - x0).mean(dim=0)
             bias += error.square().mean().sqrt().item() / (level + 0.5) / len(LEVELS)
-        by_label = x0.unflatten(0, (-1, 10)).unbind(dim=1)
-        return {"spread": deviation(by_label) / self.of_data, "bias": bias}
+        spread = deviation(x0.unflatten(0, (-1, 10)).unbind(dim=1)) / self.of_data
+        return {"spread": spread, "bias": bias}
 
 
 def deviation(by_label: list[Tensor]) -> float:
     """Root mean square over labels and pixels of a pixel's deviation."""
-    return torch.stack([images.var(dim=0).mean() for images in by_label]).mean().sqrt().item()
+    variances = [images.var(dim=0).mean().item() for images in by_label]
+    return math.sqrt(sum(variances) / len(variances))
 
 
 def number(run: dict, name: str) -> float:
-    """Of a run: its final distance, infinite for one that diverged; its last spread; its bias, on
-    average over the points."""
-    value = {"frechet": lambda: run["final"]["frechet"], "spread": lambda: run["spread"][-1],
-             "bias": lambda: None if None in run["bias"] else float(np.mean(run["bias"]))}[name]()
-    return math.inf if value is None else value
+    """A run's final distance, last spread or mean bias; infinite for one that diverged."""
+    found = [run["final"]["frechet"]] if name == "frechet" else run[name]
+    if None in found:
+        return math.inf
+    return found[-1] if name == "spread" else float(np.mean(found))
 
 
 def summary(lines: Lines) -> list[dict]:
@@ -133,7 +134,7 @@ def summary(lines: Lines) -> list[dict]:
             ratios = [number(runs[seed], "frechet") / number(theirs[seed], "frechet")
                       for seed in runs.keys() & theirs]
             row = {"arm": arm, "rate": rates[0], "runs": len(runs)}
-            for name in ("frechet", "spread", "bias"):
+            for name in LABELS:
                 values = [number(run, name) for run in runs.values()]
                 row[name] = [float(np.median(values)), min(values), max(values)]
             rows.append(row | {"ratio": median_interval(ratios) if ratios else None})
@@ -141,27 +142,24 @@ def summary(lines: Lines) -> list[dict]:
 
 
 def draw(out: Path, lines: Lines) -> None:
-    """study.png: over the rate every seed, and the medians; and summary.json."""
+    """study.png, over the rate every seed and the medians; and summary.json."""
     text = json.dumps(summary(lines)).replace("Infinity", '"never"').replace("{", "\n{")
     files.atomically(out / "summary.json", lambda file: file.write_text(text + "\n"))
-    labels = {"frechet": "Fréchet distance to the data", "spread": "spread ÷ the data's",
-              "bias": "fake's bias"}
-    figure, axes = plt.subplots(3, 2, figsize=(8, 9), sharex=True, sharey="row",
+    figure, axes = plt.subplots(3, 2, sharex=True, sharey="row", figsize=(8, 9),
                                 layout="constrained")
-    for row, (name, label) in zip(axes, labels.items()):
+    for row, (name, label) in zip(axes, LABELS.items()):
         row[0].set_ylabel(label)
         for axis, arms in zip(row, (("vsd", "disback"), ("vsd k2", "disback k2"))):
             for arm in arms:
                 draw_arm(axis, lines, arm, name)
             axis.grid(alpha=0.25)
-    for axis, k in zip(axes[0], ("one update", "two updates")):
-        axis.set(title=f"{k} of the fake per iteration", xscale="log", yscale="log")
-        axis.axhline(HALVES, color=DATA, label="two halves of the data")
-        readable(axis)
-    for axis in axes[-1]:
-        axis.set_xticks([rate for rate, _ in RATES], [f"{rate:g}" for rate, _ in RATES])
-        axis.minorticks_off()
-        axis.set_xlabel("learning rate of student and fake")
+    for column, k in zip(axes.T, ("one update", "two updates")):
+        column[0].set(title=f"{k} of the fake per iteration", xscale="log", yscale="log")
+        column[0].axhline(HALVES, color=DATA, label="two halves of the data")
+        readable(column[0])
+        column[-1].set_xticks([rate for rate, _ in RATES], [f"{rate:g}" for rate, _ in RATES])
+        column[-1].minorticks_off()
+        column[-1].set_xlabel("learning rate of student and fake")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     save(figure, out / "study.png")
 

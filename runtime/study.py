@@ -229,3 +229,10 @@ def paired_ratio(ours: float, theirs: float, budget: float) -> float:
     if math.isinf(ours) and math.isinf(theirs):
         return 1.0
     return ours / min(theirs, budget)
+
+
+def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, float, float] | None:
+    """The median ratio of costs by seed, in shares of a budget, and its interval; None without a
+    pair."""
+    pairs = [paired_ratio(ours[seed], theirs[seed], 1.0) for seed in sorted(ours.keys() & theirs)]
+    return median_interval(pairs) if pairs else None

@@ -178,13 +178,13 @@ def test_three_digits_are_kept_and_a_run_that_diverged_has_none_and_never_arrive
     assert kept == {"swd": [[0.123, 1230.0], [None, None]], "steps": 1000}
     (run,) = runs(line(rates=study.ALIKE[:1], swd=None)).values()
     assert study_figures.end(run) == math.inf == study_figures.cost(run)
-    assert study_figures.arrived({0: run})[0] == 0
+    assert study_figures.arrived([run])[0] == 0
 
 
 def test_the_share_that_arrives_has_wilsons_interval():
     found = runs(*(line(seed=seed, rates=study.ALIKE[:1], swd=0.2 if seed < 7 else 0.9)
                    for seed in range(10)))
-    share, low, high = study_figures.arrived(dict(enumerate(found.values())))
+    share, low, high = study_figures.arrived([*found.values()])
     z, n, p = 1.959964, 10, 0.7
     middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     assert share == 0.7
@@ -224,15 +224,25 @@ def test_the_figures_are_redrawn_identically_from_the_lines(tmp_path):
         (tmp_path / name).mkdir()
         study_figures.draw(tmp_path / name, runs(*order), study.FRESH)
         drawn.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
-    assert len(drawn[0]) == 6 and drawn[0] == drawn[1]
+    assert len(drawn[0]) == 5 and drawn[0] == drawn[1]
     rows = json.loads(drawn[0]["summary.json"])
     assert [row["runs"] for row in rows["seeds"]] == 6 * [2]
     assert [row["runs"] for row in rows["fresh seeds"]] == 6 * [1]
 
 
+def test_the_map_counts_arrivals_at_the_rates_that_both_have():
+    found = runs(*(line(cell, arm, seed, swd=0.2 if seed or arm == "disback" else 0.9)
+                   for cell in ("2D d4", "16D d8") for arm in ("vsd", "disback")
+                   for seed in range(4)), line("2D d4", "vsd", 0, study.ALIKE[4:]))
+    texts = [text.get_text() for text in study_figures.draw_map(found, ["2D d4", "16D d8"])
+             .axes[0].texts]
+    assert [text.splitlines()[:2] for text in texts] == 2 * [["VSD 75% of 8",
+                                                              "DisBack 100% of 8"]]
+
+
 def test_the_summary_is_that_of_the_lines(tmp_path):
-    study_figures.write_summary(tmp_path / "again.json", *study_figures.split(
-        STUDY.read(study.FOLDER / "lines.jsonl"), study.FRESH))
+    study_figures.write_summary(tmp_path / "again.json",
+                                STUDY.read(study.FOLDER / "lines.jsonl"), study.FRESH)
     assert (tmp_path / "again.json").read_bytes() == (study.FOLDER / "summary.json").read_bytes()
 
 

@@ -12,17 +12,7 @@ import numpy as np
 
 from runtime import files
 from runtime.plots import DATA, OTHER, STUDENT, TARGET, plt, readable, save
-from runtime.study import (
-    Lines,
-    Rates,
-    first_reach,
-    median_interval,
-    of,
-    paired_ratio,
-    pooled,
-    rates_of,
-    wilson,
-)
+from runtime.study import Lines, first_reach, median_interval, of, paired, pooled, rates_of, wilson
 from toy2d.study_runs import SHARES
 
 ARRIVED, LEVEL = 0.5, 0.3  # SWD
@@ -44,7 +34,7 @@ def arrived(runs: list[dict]) -> tuple[float, float, float]:
     return wilson(sum(end(run) <= ARRIVED for run in runs), len(runs))
 
 
-def common(lines: Lines, cell: str) -> list[Rates]:
+def common(lines: Lines, cell: str) -> list[tuple]:
     """The rates that VSD and DisBack have both."""
     disback = rates_of(lines, cell, "disback")
     return [rates for rates in rates_of(lines, cell, "vsd") if rates in disback]
@@ -81,12 +71,6 @@ def costs(lines: Lines, cell: str, arm: str) -> dict[int, float]:
     return judged
 
 
-def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, float, float] | None:
-    """The median ratio of costs by seed, and its interval; None without a pair."""
-    pairs = [paired_ratio(ours[seed], theirs[seed], 1.0) for seed in sorted(ours.keys() & theirs)]
-    return median_interval(pairs) if pairs else None
-
-
 def ratio(lines: Lines, cell: str, arm: str) -> tuple[float, float, float] | None:
     """An arm's cost over plain VSD's, both at their best rates, paired by seed."""
     if not rates_of(lines, cell, arm):
@@ -110,8 +94,8 @@ def summary(lines: Lines) -> list[dict]:
 
 def draw(out: Path, lines: Lines, fresh: tuple[int, ...]) -> None:
     """Write summary.json and the figures to `out`; what has no lines yet is left out."""
-    judged, confirming = split(lines, fresh)
-    write_summary(out / "summary.json", judged, confirming)
+    write_summary(out / "summary.json", lines, fresh)
+    judged = {key: lines[key] for key in sorted(lines) if key[2] not in fresh}
     both = [cell for cell in dict.fromkeys(key[0] for key in judged) if common(judged, cell)]
     figures = {
         "window": (draw_window, [cell for cell in both if len(common(judged, cell)) > 1]),
@@ -122,21 +106,16 @@ def draw(out: Path, lines: Lines, fresh: tuple[int, ...]) -> None:
                                        if rates_of(judged, cell, "forward")]),
         "map": (draw_map, [cell for cell in both if cell[0].isdigit() and cell.count(" ") == 1])}
     for name, (figure, cells) in figures.items():
-        if cells:
+        if len(cells) >= (3 if name == "map" else 1):
             save(figure(judged, cells), out / f"{name}.png")
 
 
-def split(lines: Lines, fresh: tuple[int, ...]) -> tuple[Lines, Lines]:
-    """The runs that sentences are written from, and those of fresh seeds."""
-    judged, confirming = {}, {}
-    for key in sorted(lines):
-        (confirming if key[2] in fresh else judged)[key] = lines[key]
-    return judged, confirming
-
-
-def write_summary(file: Path, judged: Lines, fresh: Lines) -> None:
-    """One row a line."""
-    text = json.dumps({"seeds": summary(judged), "fresh seeds": summary(fresh)})
+def write_summary(file: Path, lines: Lines, fresh: tuple[int, ...]) -> None:
+    """The seeds that sentences are written from, and fresh ones; a row a line."""
+    parts = {"seeds": False, "fresh seeds": True}
+    text = json.dumps({name: summary({key: run for key, run in lines.items()
+                                      if (key[2] in fresh) == confirms})
+                       for name, confirms in parts.items()})
     text = text.replace("Infinity", '"never"').replace('{"cell"', '\n{"cell"') + "\n"
     files.atomically(file, lambda beside: beside.write_text(text))
 
@@ -223,7 +202,7 @@ def draw_cost(lines: Lines, cells: list[str]) -> plt.Figure:
                               xerr=[[middle - low], [high - middle]], capsize=3, label=NAMES[arm])
     axis.axvline(1, color=DATA)
     axis.set_yticks(range(len(cells)), [
-        f"{cell}\n{seeds_of(lines, cell)} seeds, {len(common(lines, cell))} rates"
+        f"{cell}\nseeds: {seeds_of(lines, cell)}, rates: {len(common(lines, cell))}"
         for cell in cells])
     axis.set(xlabel=f"evaluations to SWD {LEVEL} ÷ plain VSD's, each at its best rate "
              "(left of 1: cheaper; 3: or more)", xlim=(0, 3.05), ylim=(len(cells) - 0.5, -0.5))
