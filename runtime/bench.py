@@ -162,8 +162,6 @@ def report(bench: Bench, argv: Sequence[str], settings: list, compiled: bool, ev
     """Print the table: a row for each number, a column for each of `settings`, the flags of a batch
     size and of the fake's updates. Before that, as soon as it is known, the time of an iteration:
     a run that is cut off has then been of use as well."""
-    print(bench.name, *argv, "on", device(), "with torch", torch.__version__,
-          "compiled" if compiled else "not compiled", flush=True)
     # F is counted on a single sample, as what is timed may fill the memory.
     one = settings[0][0] if "--accumulate" in argv else ["--batch", "1"]
     counted, columns, last = {}, [], None
@@ -171,6 +169,9 @@ def report(bench: Bench, argv: Sequence[str], settings: list, compiled: bool, ev
         if tuple(updates) not in counted:
             plain = [*argv, *one, *updates, "--no-compile"]
             evals, least, flops = evaluations(bench, plain)
+            if not counted:  # the problem has set the number of threads
+                print(bench.name, *argv, "on", device(), "with torch", torch.__version__,
+                      "compiled" if compiled else "not compiled", flush=True)
             counted[tuple(updates)] = evals
             print(f"{evals:g} F an iteration, {least} is the least; F is {flops / 1e9:.4g} GFLOP",
                   flush=True)
