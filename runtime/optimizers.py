@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from runtime.ranks import average_gradients
+from runtime import ranks
 
 
 def adamw(net: nn.Module, config: Any, lr: float, clip: float) -> torch.optim.AdamW:
@@ -16,7 +16,7 @@ def adamw(net: nn.Module, config: Any, lr: float, clip: float) -> torch.optim.Ad
                              weight_decay=config.weight_decay, fused=True)
 
     def before(*_: Any) -> None:
-        average_gradients(adam)
+        ranks.average_gradients(adam)
         if clip < math.inf:
             nn.utils.clip_grad_norm_(net.parameters(), clip)
 

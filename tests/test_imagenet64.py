@@ -183,7 +183,7 @@ def test_both_stages_write_the_run_folder_with_figures_and_complete_metrics(run)
 
 
 def test_a_run_that_is_cut_off_resumes_to_the_same_bits(run, tmp_path, monkeypatch, cut_off):
-    monkeypatch.setattr(problem.figures, "draw", lambda *args: None)
+    monkeypatch.setattr("imagenet64.figures.draw", lambda *args: None)
     monkeypatch.setattr(problem.Evaluation, "__call__", lambda *args: {})
     shutil.copytree(run / "path", tmp_path / "path")
     cut_off(2 * 4, backtrack.main, [*BACKTRACK, "--out", tmp_path])

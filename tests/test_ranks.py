@@ -215,9 +215,9 @@ def test_sharded_sdxl_records_and_learns_what_accumulation_does_on_one_rank(tmp_
     vanish, so all weights are compared as one. A UNet of few tensors, as FSDP2 reasons on each."""
     from diffusers import UNet2DConditionModel
 
-    from sdxl import problem, tiny
+    from sdxl import tiny
 
-    monkeypatch.setattr(problem.figures, "draw", lambda *args: None)
+    monkeypatch.setattr("sdxl.figures.draw", lambda *args: None)
     pipe = tiny.pipeline()
     pipe.unet = UNet2DConditionModel.from_config(dict(pipe.unet.config) | dict(
         block_out_channels=(16,), attention_head_dim=2, transformer_layers_per_block=1,
@@ -229,7 +229,7 @@ def test_sharded_sdxl_records_and_learns_what_accumulation_does_on_one_rank(tmp_
     said, codes = two_ranks(stages(
         ["degrade", *flags, 2, "--shard", "--out", two],
         ["backtrack", *flags, 1, "--interval", 1, "--shard", "--out", two],
-        first="from sdxl import problem; problem.figures.draw = lambda *args: None"))
+        first="from sdxl import figures; figures.draw = lambda *args: None"))
     assert codes == [0, 0], said
     degrade.main([*flags, "2", "--accumulate", "2", "--out", str(one)])
     backtrack.main([*flags, "1", "--interval", "1", "--accumulate", "2", "--out", str(one)])

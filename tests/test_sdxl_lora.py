@@ -110,7 +110,7 @@ def test_both_stages_run_resume_and_serve_the_sum_of_base_and_adapters(tmp_path,
             "--fake-updates", "1"]
     backtrack.main([*argv, "--steps", "4"])
     first = load_file(out / "student.safetensors")
-    monkeypatch.setattr(problem.figures, "draw", lambda *args: None)
+    monkeypatch.setattr("sdxl.figures.draw", lambda *args: None)
     backtrack.main([*argv, "--steps", "4", "--resume"])
     assert all(torch.equal(first[k], v) for k, v in load_file(out / "student.safetensors").items())
     made = make(problem, "tiny", rank=4)
