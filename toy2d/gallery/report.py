@@ -72,7 +72,8 @@ def plane(rows: dict, methods: list[str]) -> list[str]:
             lines = rows.get((method, variant, False, 1))
             if lines:
                 name = module.NAME if not variant else f"… {variant}"
-                cells = [name, module.START, module.QUERIES, str(module.STEPS), *numbers(lines)]
+                start = "copy" if variant == "from the copy" else module.START
+                cells = [name, start, module.QUERIES, str(module.STEPS), *numbers(lines)]
                 cells += walked(rows, method, lines) if not variant else 4 * [""]
                 table.append(f"| {' | '.join(cells)} |")
     return table
