@@ -45,7 +45,7 @@ class Study:
     cells: dict[str, dict]
     arms: dict[str, dict]
     plan: list[tuple]
-    quick: list[tuple]  # a plan of some minutes
+    quick: list[tuple]  # a small plan
     advance: Callable  # (cell, arm, seed, rates) -> what a line tells, in lists that go with rates
     draw: Callable  # (folder, lines): the figures
     alone: tuple[str, ...] = ()  # arms whose rates are jobs of their own
@@ -57,7 +57,7 @@ class Study:
     def main(self, argv: Sequence[str]) -> None:
         parser = argparse.ArgumentParser("study.py", description=self.doc, allow_abbrev=False)
         parser.error = command.refuse
-        parser.add_argument("--quick", action="store_true", help="some minutes, in runs/study")
+        parser.add_argument("--quick", action="store_true", help="a small plan, in runs/study")
         parser.add_argument("--jobs", type=int, default=os.cpu_count(),
                             help="processes (all cores)")
         parser.add_argument("--figures-only", action="store_true",
@@ -65,7 +65,8 @@ class Study:
         args = parser.parse_args(argv)
         if args.jobs < 1:
             command.refuse(f"--jobs must be at least 1, not {args.jobs}")
-        file = (Path("runs/study") if args.quick else self.folder) / "lines.jsonl"
+        quick = Path("runs/study", self.folder.parent.name)  # the problem's
+        file = (quick if args.quick else self.folder) / "lines.jsonl"
         if args.figures_only and not file.exists():
             raise Refusal(f"{file} does not exist: run the study first")
         if not args.figures_only:
