@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
             return [(problem.generate(problem.student, z_i, cond_i), sigma, cond_i, eps)
                     for z_i, cond_i, sigma, eps in parts]
 
-    # All ranks measure the path on the same samples, and agree without a word.
+    # All ranks measure the path on the same samples, and so agree.
     whole = draw(lambda *drawn: ranks.split(batch, ranks.world_size() * args.accumulate, *drawn))
     run = Run("degrade", args, problem, {"degraded": degraded}, {"degraded": adam}, {})
     recorder = Recorder(out, degraded, config.nodes, config.degrade_steps,

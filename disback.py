@@ -134,7 +134,10 @@ class DegradationPath:
     @classmethod
     def create(cls, folder: pathlib.Path, nodes: Sequence[pathlib.Path],
                **about: Any) -> "DegradationPath":
-        """Number the files of the nodes, teacher first, write path.json, and open the path."""
+        """Number the files of the nodes, teacher first, write path.json, and open the path; Refusal
+        where there is one already."""
+        if (folder / "path.json").exists():
+            raise Refusal(f"{folder} holds a path already: record into another folder")
         for i, node in enumerate(nodes):
             if node.exists():  # a run that was killed here has renamed it already
                 node.replace(folder / f"{i:02d}.safetensors")

@@ -61,7 +61,8 @@ class Bench:
 
 
 def rounds(nets: Any, every: int, count: int, began: float) -> list[float]:
-    """Seconds of each of `count` times `every` iterations, after as many that began at `began`."""
+    """Seconds of each of 1 + `count` times `every` iterations; the first time holds all since
+    `began`."""
     marks = [began]
     for _ in range(1 + count):
         for _ in range(every):
@@ -163,7 +164,8 @@ def report(bench: Bench, argv: Sequence[str], settings: list, compiled: bool, ev
     size and of the fake's updates. Before that, as soon as it is known, the time of an iteration:
     a run that is cut off has then been of use as well."""
     # F is counted on a single sample, as what is timed may fill the memory.
-    one = settings[0][0] if "--accumulate" in argv else ["--batch", "1"]
+    split = any(word.split("=")[0] == "--accumulate" for word in argv)
+    one = settings[0][0] if split else ["--batch", "1"]
     counted, columns, last = {}, [], None
     for batch, updates in settings:
         if tuple(updates) not in counted:

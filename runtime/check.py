@@ -5,7 +5,8 @@
 Each problem's smallest preset: its losses in float32 against the CPU's, in bfloat16 and compiled
 against float32; both stages in bfloat16; a stage stopped and resumed, and one that a CPU had begun.
 Prints a line for each check as it is made; ends with 1 where one fell short. Without an accelerator
-the CPU is compared with itself, in the same lines.
+the CPU is compared with itself; what is compiled and what a CPU had begun are left out. It starts
+the stages as a user does, and nothing imports it.
 """
 
 import argparse
@@ -133,14 +134,14 @@ def run_stages(name: str, steps: int, report: Callable) -> None:
         walk = ["backtrack.py", *common, "--interval", "3", "--save-every", "4"]
         said = said or stage(*walk, "--out", out)
         report(name, "backtrack.py in bf16", time.perf_counter() - began, said=said)
-        for where in {"this machine": {}, "a CPU": {"CUDA_VISIBLE_DEVICES": ""}}.items():
-            if said or where[1] and ranks.device().type == "cpu":
+        for where, env in {"this machine": {}, "a CPU": {"CUDA_VISIBLE_DEVICES": ""}}.items():
+            if said or env and ranks.device().type == "cpu":
                 continue
-            began, again = time.perf_counter(), Path(folder, where[0])
+            began, again = time.perf_counter(), Path(folder, where)
             shutil.copytree(out / "path", again / "path")
-            resumed = stop(again, *walk, "--no-compile", env=where[1]) or stage(
+            resumed = stop(again, *walk, "--no-compile", env=env) or stage(
                 *walk, "--no-compile", "--out", again, "--resume")
-            report(name, f"stopped on {where[0]}, resumed here", time.perf_counter() - began,
+            report(name, f"stopped on {where}, resumed here", time.perf_counter() - began,
                    said=resumed)
 
 
@@ -148,7 +149,7 @@ def stage(*argv: Any) -> str:
     """Run a stage to its end; what it said last where it failed."""
     done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, text=True,
                           capture_output=True)
-    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
+    return last_line(done.stderr, done.returncode) if done.returncode else ""
 
 
 def stop(out: Path, *argv: str, env: dict) -> str:
@@ -158,8 +159,12 @@ def stop(out: Path, *argv: str, env: dict) -> str:
     while run.poll() is None and not (out / "state.pt").exists():
         time.sleep(0.02)
     run.send_signal(signal.SIGTERM)
-    said = run.communicate()[1].strip()
-    return "" if (out / "state.pt").exists() else said.splitlines()[-1]
+    said = run.communicate()[1]
+    return "" if (out / "state.pt").exists() else last_line(said, run.returncode)
+
+
+def last_line(said: str, status: int) -> str:
+    return (said.strip() or f"status {status}").splitlines()[-1]
 
 
 def main(argv: Sequence[str]) -> None:

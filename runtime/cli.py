@@ -24,15 +24,15 @@ def start(stage: str, doc: str, argv: Sequence[str], **flags: dict) -> tuple[Any
     ranks.join_ranks()
     args.writes = writes(stage, module.WRITES)
     enter(stage, args)
-    count = ranks.world_size() * args.accumulate
-    if args.config.batch % count:
-        raise Refusal(f"--batch {args.config.batch} must be divisible by {count}, the ranks times "
-                      "--accumulate: change one of the three")
     return args, make(args, module.make)
 
 
 def make(args: Any, make: Callable) -> Problem:
     """The problem, the first rank first, with what names it; then the seed is the run's."""
+    count = ranks.world_size() * args.accumulate
+    if args.config.batch % count:
+        raise Refusal(f"--batch {args.config.batch} must be divisible by {count}, the ranks times "
+                      "--accumulate: change one of the three")
     with ranks.first_rank_first():
         problem = make(args.config, args.seed, ranks.device())
     torch.manual_seed(args.seed)  # again: a teacher that was trained and one that was found differ
@@ -61,7 +61,8 @@ def parse(stage: str, doc: str, argv: Sequence[str], flags: dict) -> tuple[Any, 
     if args.problem != name:
         refuse(f"name the problem first: {stage}.py {args.problem} ...")
     check_common(args)
-    changes = {key[7:]: value for key, value in vars(args).items() if key.startswith("config.")}
+    changes = {key.removeprefix("config."): value
+               for key, value in vars(args).items() if key.startswith("config.")}
     args.config = dataclasses.replace(module.PRESETS[args.preset], **changes)
     if getattr(args, "dry_run", False):
         print(module.dry_run(args.config))

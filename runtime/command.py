@@ -15,8 +15,8 @@ from runtime import errors, folder, ranks
 
 
 def run(main: Callable[[list[str]], None], memory: str = "") -> None:
-    """Run a command. A Refusal, a failing disk, a failing compiler or too little memory ends it in
-    a line, status 2; an interrupt in a line, status 130. `memory` is what helps with the third."""
+    """Run a command. A Refusal, a failing disk, a failing compiler or too little memory, where
+    `memory` helps, ends it in a line, status 2; an interrupt in a line, status 130."""
     try:
         if any("\udc80" <= letter <= "\udcff" for letter in "".join(sys.argv)):  # bytes, to Python
             raise Refusal(f"an argument is not UTF-8: {ascii(sys.argv[1:])}")

@@ -14,8 +14,8 @@ from disback import Refusal
 def setting(default: Any, text: str, zero: bool = False, below: float = math.inf,
             flag: bool = True, stage: str = "", learns: bool = True) -> Any:
     """A field of a Config, and a flag of the command line unless told otherwise, explained by
-    `text`. A number must be above 0, or may be that as well if `zero`, and `below` a limit.
-    `stage` is the only one that it matters to; without `learns` it changes nothing learnt."""
+    `text`. A number must be above 0 (`zero`: or 0) and less than `below`. `stage` is the one that
+    uses the field, "" both; without `learns` it changes nothing that is learnt."""
     return dataclasses.field(default=default, metadata={
         "help": text, "zero": zero, "below": below, "flag": flag, "stage": stage, "learns": learns})
 
@@ -32,7 +32,8 @@ def flag_of(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The settings that every problem has. A preset is a Config; every field of it is a flag."""
+    """The settings that every problem has. A preset is a Config; its fields are flags,
+    but for those with flag=False."""
 
     degrade_steps: int = stage1(200, "training steps of this stage")
     backtrack_steps: int = stage2(2000, "iterations: an update of the student, then the fake's")

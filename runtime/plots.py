@@ -50,10 +50,8 @@ def draw_convergence(file: Path, out: Path, compare: Path | None, metric: str, l
     top.text(0.995, floor * 1.04, floors_name, color="#808080", fontsize=8, ha="right",
              transform=top.get_yaxis_transform())
     bottom.set(yscale="log", ylabel="mismatch degree", xlabel="network evaluations, millions")
-    for axis in (top.yaxis, bottom.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(NullFormatter())
+    for axis in (top, bottom):
+        readable(axis)
     top.legend()
     save(figure, file)
 
@@ -78,9 +76,9 @@ def switches(snapshots: list[tuple[int, dict[str, Tensor]]]) -> list:
 
 def readable(axis: plt.Axes) -> None:
     """Plain numbers on a logarithmic y axis."""
-    axis.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.grid(alpha=0.25)
 
 

@@ -31,7 +31,7 @@ def read_log(run: Path) -> list[dict]:
 
 
 def read_snapshots(out: Path) -> list[tuple[int, dict[str, Tensor]]]:
-    """(step, {x0 [n, 2], node}) of each snapshot, the first first."""
+    """(step, {x0 [n, ...], node}) of each snapshot, the first first."""
     found = []
     for file in sorted((out / "snapshots").glob("[0-9]*.safetensors")):
         if not file.stem.isdigit():
@@ -48,7 +48,11 @@ def read_snapshots(out: Path) -> list[tuple[int, dict[str, Tensor]]]:
 
 
 def cut_log(file: Path, step: int) -> None:
-    """Remove the lines after `step`, and a torn one."""
+    """Remove the lines after `step`, a torn one, and later snapshots: a run that goes on may switch
+    elsewhere."""
     lines = read_log(file.parent) if file.exists() else []
     kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
     files.atomically(file, lambda beside: beside.write_text("".join(kept)))
+    for snapshot in (file.parent / "snapshots").glob("[0-9]*.safetensors"):
+        if snapshot.stem.isdigit() and int(snapshot.stem) > step:
+            snapshot.unlink()

@@ -19,11 +19,10 @@ from runtime.plots import (
     draw_convergence,
     of_nodes,
     plt,
-    read_snapshots,
     save,
     switches,
 )
-from runtime.records import read_log
+from runtime.records import read_log, read_snapshots
 from toy2d import trajectory
 from toy2d.diagnosis import EARLY, Diagnosis, answers
 from toy2d.metrics import Evaluation
@@ -208,7 +207,7 @@ def draw_gif(file: Path, runs: list[Path], nodes: list[Tensor], points: Tensor,
     shown = [step for step in panels[0][0] if step <= EARLY or step % 400 == 0]
     for now in tqdm(shown, f"figures: {file.name}"):
         for snapshots, known, axis, target, student, method in panels:
-            kept = snapshots[max(step for step in snapshots if step <= now)]
+            kept = snapshots[max([step for step in snapshots if step <= now] or [min(snapshots)])]
             node = int(kept["node"])
             target.set_data(*known[node].T if node < len(known) else ([], []))
             student.set_data(*kept["student"].T)

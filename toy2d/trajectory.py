@@ -1,4 +1,4 @@
-"""trajectory.html: a page of its own, without a network, that plays a run step by step."""
+"""trajectory.html: a page of its own, offline, that plays a run step by step."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from runtime import files
+from runtime.records import read_log
 from toy2d.diagnosis import LEVELS, Diagnosis
 
 TEMPLATE = Path(__file__).with_name("trajectory.html")
@@ -16,8 +17,7 @@ def write(file: Path, out: Path, snapshots: list, nodes: list[Tensor], points: T
           diagnosis: Diagnosis) -> None:
     """Write the page: a frame for every snapshot that the log has a line for. A node's samples are
     stored once; arrows are D(x) - x, which is sigma^2 times the score."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    numbers = {line["step"]: line for line in lines}
+    numbers = {line["step"]: line for line in read_log(out)}
     grid = diagnosis.grid()
     frames = [{"numbers": numbers[step], "node": int(kept["node"]),
                "student": rounded(kept["student"][:SHOWN]),
