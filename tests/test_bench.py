@@ -172,7 +172,8 @@ def test_a_batch_that_is_too_large_leaves_the_others_their_columns(capsys, monke
 @pytest.mark.parametrize("name", BENCHES)
 @pytest.mark.parametrize("argv, cause", [
     (["--batch", "0"], "batch"), (["--batch", "8", "many"], "many"),
-    (["--iterations", "0"], "--iterations"), (["--bath", "8"], "--bath")])
+    (["--iterations", "0"], "--iterations"), (["--bath", "8"], "--bath"),
+    (["--batch", "3", "--accumulate=2"], "--accumulate")])
 def test_a_mistake_ends_it_in_one_line(capsys, monkeypatch, name, argv, cause):
     monkeypatch.setattr(sys, "argv", ["bench.py", *argv])
     with pytest.raises(SystemExit) as ended:

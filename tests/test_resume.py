@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import backtrack
 import degrade
 import disback
-from runtime import files, run
+from runtime import files, records, run
 from runtime.run import Run
 from toy2d import problem as toy
 
@@ -156,6 +156,28 @@ def test_what_a_kill_left_half_written_goes_when_the_run_goes_on(finished):
             file.write_bytes(b"half")
         backtrack.main([*argv, flag])
         assert names() == kept
+
+
+def test_what_was_logged_and_kept_after_the_checkpoint_goes(tmp_path):
+    lines = [json.dumps({"step": step}) + "\n" for step in (2, 4, 6)]
+    (tmp_path / "log.jsonl").write_text("".join(lines) + '{"step": 8')
+    (tmp_path / "snapshots").mkdir()
+    for name in ("0000004", "0000005", "9-mine"):
+        (tmp_path / "snapshots" / f"{name}.safetensors").write_bytes(b"")
+    records.cut_log(tmp_path / "log.jsonl", 4)
+    assert (tmp_path / "log.jsonl").read_text() == "".join(lines[:2])
+    kept = sorted(file.stem for file in (tmp_path / "snapshots").iterdir())
+    assert kept == ["0000004", "9-mine"]
+
+
+def test_a_finished_run_keeps_the_peak_of_its_training(finished):
+    out, argv = finished
+    metrics = json.loads((out / "metrics.json").read_text()) | {"peak_memory_bytes": 2**60}
+    (out / "metrics.json").write_text(json.dumps(metrics))
+    backtrack.main([*argv, "--resume"])
+    assert json.loads((out / "metrics.json").read_text())["peak_memory_bytes"] == 2**60
+    backtrack.main([*argv, "--overwrite"])
+    assert json.loads((out / "metrics.json").read_text())["peak_memory_bytes"] < 2**60
 
 
 def test_a_broken_log_is_named(finished):
