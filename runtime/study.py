@@ -27,7 +27,7 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from disback import Refusal
-from runtime import command, files
+from runtime import command, files, folder
 
 Rates = tuple[float, float]  # of student and fake
 Run = tuple[str, str, int, Rates]  # cell, arm, seed
@@ -55,9 +55,12 @@ class Study:
         return zlib.crc32(repr((self.cells[cell], self.arms[arm])).encode())
 
     def main(self, argv: Sequence[str]) -> None:
-        parser = argparse.ArgumentParser("study.py", description=self.doc, allow_abbrev=False)
+        problem = self.folder.parent.name
+        parser = argparse.ArgumentParser(f"python -m {problem}.study", description=self.doc,
+                                         allow_abbrev=False)
         parser.error = command.refuse
-        parser.add_argument("--quick", action="store_true", help="a small plan, in runs/study")
+        parser.add_argument("--quick", action="store_true",
+                            help=f"a small plan, in runs/study/{problem}")
         parser.add_argument("--jobs", type=int, default=os.cpu_count(),
                             help="processes (all cores)")
         parser.add_argument("--figures-only", action="store_true",
@@ -65,7 +68,7 @@ class Study:
         args = parser.parse_args(argv)
         if args.jobs < 1:
             command.refuse(f"--jobs must be at least 1, not {args.jobs}")
-        quick = Path("runs/study", self.folder.parent.name)  # the problem's
+        quick = Path("runs/study", problem)
         file = (quick if args.quick else self.folder) / "lines.jsonl"
         if args.figures_only and not file.exists():
             raise Refusal(f"{file} does not exist: run the study first")
@@ -94,8 +97,8 @@ class Study:
                 yield from ((cell, arm, seed, tuple(group)) for group in groups if group)
 
     def read(self, file: Path) -> Lines:
-        """Every run of a file. Refuses by its number a line that is corrupt, of other settings, or
-        of a run that was there before."""
+        """Every run of a file. A line that is corrupt, of other settings or of a run that was there
+        before is refused, and its number named."""
         lines, texts = {}, file.read_bytes().splitlines(True) if file.exists() else []
         for number, text in enumerate(texts, 1):
             with files.blame(f"{file}, line {number}, is of no use: remove it to repeat its runs"):
@@ -112,7 +115,10 @@ class Study:
 def execute(study: Study, job: Job) -> dict:
     """A job's line."""
     began, (cell, arm, seed, rates) = time.perf_counter(), job
-    found = study.advance(*job)
+    try:
+        found = study.advance(*job)
+    finally:
+        folder.leave()  # its stages hold their folders until a process ends
     return {"cell": cell, "arm": arm, "seed": seed, "rates": rates,
             "settings": study.settings(cell, arm),
             "seconds": round(time.perf_counter() - began, 1), **rounded(found)}
@@ -178,9 +184,11 @@ def appending(file: Path) -> Iterator[Callable[[dict], None]]:
     with open(file, "ab+", buffering=0) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise Refusal(f"{file} is being written by another study: wait") from error
-        whole = handle.seek(0, 2) == 0 or handle.seek(-1, 2) >= 0 and handle.read(1) == b"\n"
+        except OSError:  # a file system without locks
+            pass
+        whole = handle.seek(0, 2) == 0 or (handle.seek(-1, 2) >= 0 and handle.read(1) == b"\n")
 
         def append(line: dict) -> None:
             handle.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")

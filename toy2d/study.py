@@ -8,13 +8,14 @@ import tempfile
 from pathlib import Path
 
 from runtime import command
-from runtime.study import Lines, Study
+from runtime.study import Lines, Rates, Study
 from toy2d import study_figures, study_runs
 
 FOLDER = Path(__file__).parent / "study"
 # Flags of both stages, and of stage 2 alone. "budget" is in iterations of plain VSD, stage 1
-# included. "default" and 16 dimensions, which need it, have the preset's own. The others have half
-# its batch, a quarter of its iterations and a shorter average: a run takes seconds.
+# included. "default" and the cells of 16 dimensions keep their presets' batch, iterations and
+# average. The others have half the batch, a quarter of the iterations and a shorter average, so
+# that a run takes seconds.
 
 
 def short(weighting: str = "half", **flags: object) -> dict:
@@ -27,7 +28,7 @@ def long(**flags: object) -> dict:
 
 
 LONG = {"default": long(data="ring"),
-        **{f"16D d{distance}": long(data="ring16", distance=distance or 1e-3)
+        **{f"16D d{distance}": long(preset="ring16", distance=distance or 1e-3)
            for distance in (0, 4, 8, 16)}}
 CELLS = LONG | {
     **{f"2D d{distance}": short(distance=distance) for distance in (4, 8, 12, 16)},
@@ -72,7 +73,7 @@ PLAN = [
 QUICK = [(("4D d8",), MAIN[:2], ALIKE[1::2], SEEDS[:3])]
 
 
-def advance(cell: str, arm: str, seed: int, rates: study_runs.Rates) -> dict:
+def advance(cell: str, arm: str, seed: int, rates: tuple[Rates, ...]) -> dict:
     """What is measured of a job's runs."""
     with tempfile.TemporaryDirectory() as out:
         return study_runs.advance(Path(out), CELLS[cell], ARMS[arm], seed, rates,

@@ -19,11 +19,10 @@ import degrade
 import disback
 from runtime import files, results
 from runtime.interface import Problem
-from runtime.study import quiet, words
+from runtime.study import Rates, quiet, words
 from toy2d import metrics, mixture, model
 from toy2d.problem import RING as PRESET
 
-Rates = tuple[tuple[float, float], ...]  # of student and fake, for each run
 # Where a run is measured, in shares of its iterations: often while it comes home.
 SHARES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.37, 0.45, 0.55, 0.7, 0.85, 1)
 
@@ -86,7 +85,7 @@ class Runs:
     """The networks of backtrack.py, stacked, and its iteration."""
 
     def __init__(self, args: Any, problem: Problem, path: disback.DegradationPath | None,
-                 rates: Rates):
+                 rates: tuple[Rates, ...]):
         config, self.problem, self.runs = problem.config, problem, len(rates)
         assert config.beta1 == 0 and config.weight_decay == 0 and config.decay == "cosine"
         assert config.switch == "interval" or self.runs == 1  # a mismatch is the mean of all
@@ -197,7 +196,7 @@ def record(out: Path, flags: dict, control: str | None) -> float:
     return path.about["network_evals"]
 
 
-def advance(out: Path, cell: dict, arm: dict, seed: int, rates: Rates, budget: int,
+def advance(out: Path, cell: dict, arm: dict, seed: int, rates: tuple[Rates, ...], budget: int,
             watched: bool = False) -> dict:
     """Both stages of all runs, in the folder `out`, and what was measured of them, in the order of
     `rates`. `cell` and `arm` have the flags of both stages under "both", of one under "stage1" and
