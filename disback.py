@@ -180,6 +180,7 @@ class PathScheduler:
         if self.age % self.interval:
             return False
         mean, self.mismatch = self.mismatch / self.interval, 0.0
+        # Differs from Algorithm 2, whose nodes all last equally long: "adaptive" awaits the fake.
         if self.adaptive and self.age < 10 * self.interval and mean > self.path.mean_gap:
             return False
         self.node, self.age = self.node - 1, 0

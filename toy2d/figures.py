@@ -70,13 +70,10 @@ def draw_mismatch(file: Path, path: disback.DegradationPath | None, net: nn.Modu
     for (node, sigma), row in zip(rows, axes):
         x = x0[:60] + sigma * torch.randn_like(x0[:60])
         exact = (Mixture.of_samples(x0) if node else data).score(x, sigma)
-        answer = score_of_node(path, 0, net, x, sigma)
+        answer, teachers = (score_of_node(path, i, net, x, sigma) for i in (node, 0))
         size = f"the error, {in_words(relative_error(answer, exact))}"
         if node:
-            teachers = in_words(relative_error(answer, exact))
-            answer = score_of_node(path, node, net, x, sigma)
-            size = f"the error, {in_words(relative_error(answer, exact))}"
-            size += f"\n(the teacher's, {teachers})"
+            size += f"\n(the teacher's, {in_words(relative_error(teachers, exact))})"
         asked = f"degraded node {node}" if node else "teacher"
         right = "the student's samples" if node else "the data"
         longest = torch.cat([answer, exact])[:, :2].norm(dim=1).max().item()
@@ -85,20 +82,23 @@ def draw_mismatch(file: Path, path: disback.DegradationPath | None, net: nn.Modu
                 (row[0], answer, f"{asked}: its score", TARGET),
                 (row[1], exact, f"exact score of {right}", STUDENT),
                 (row[2], answer - exact, size, "#c02020")):
-            tips = x + arrows * (0.3 * span / longest)
-            axis.plot(*x[:, :2].T, ".", color=DATA, markersize=3)
-            axis.quiver(*x[:, :2].T, *(tips - x)[:, :2].T, color=color, angles="xy",
-                        scale_units="xy", scale=1, width=0.006)
-            axis.update_datalim(tips[:, :2].numpy())  # a quiver alone would clip its arrows
-            axis.set_title(title, fontsize=9)
-            axis.margins(0.05)
-            axis.autoscale_view()
-            axis.set_aspect("equal", adjustable="datalim")
+            draw_arrows(axis, x[:, :2], arrows[:, :2] * (0.3 * span / longest), title, color)
         row[0].set_ylabel(f"$\\sigma$ = {sigma:g}", fontsize=11)
     figure.suptitle("The score at the student's first samples (grey: the samples, noised).\n"
                     "On the right its error, and how long that is beside the exact score",
                     fontsize=11)
     save(figure, file)
+
+
+def draw_arrows(axis: plt.Axes, x: Tensor, arrows: Tensor, title: str, color: str) -> None:
+    """Arrows at points x [n, 2] of the plane, all of each in sight."""
+    axis.plot(*x.T, ".", color=DATA, markersize=3)
+    axis.quiver(*x.T, *arrows.T, color=color, angles="xy", scale_units="xy", scale=1, width=0.006)
+    axis.update_datalim((x + arrows).numpy())  # a quiver alone would clip its arrows
+    axis.set_title(title, fontsize=9)
+    axis.margins(0.05)
+    axis.autoscale_view()
+    axis.set_aspect("equal", adjustable="datalim")
 
 
 def in_words(error: float) -> str:
