@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 import backtrack
 from runtime import bench, command
 from runtime.interface import Problem
@@ -10,6 +12,7 @@ from toy2d import mixture, model, problem
 
 def make(config: problem.Config, seed: int, device: Any) -> Problem:
     """The toy with a teacher of random weights."""
+    torch.set_num_threads(1)  # as the toy's own runs
     data = getattr(mixture, config.data)()
     teacher = model.Denoiser(config.width, config.depth, config.sigma_data, data.dims)
     return problem.assemble(config, seed, device, data, teacher, "random")
