@@ -248,6 +248,7 @@ def draw_map(lines: Lines, cells: list[str]) -> plt.Figure:
                   fontsize=9)
     axis.set_xticks(range(len(columns)), [f"distance {name[1:]}" for name in columns])
     axis.set_yticks(range(len(rows)), [f"{name[:-1]} dimensions" for name in rows])
-    axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), title=(
-        f"Runs that arrive; DisBack's evaluations to SWD {LEVEL} over VSD's, at the best rates"))
+    axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+    axis.set_title(f"Runs that arrive, at all rates together. Cost: DisBack's evaluations\n"
+                   f"to SWD {LEVEL} over VSD's, each at its best rate", fontsize=10)
     return figure
