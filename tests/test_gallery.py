@@ -39,6 +39,7 @@ from toy2d.gallery import (
     swiftbrush,
     tbcm,
     twinflow,
+    versions,
     vsd,
 )
 from toy2d.gallery.fields import Field, render
@@ -890,7 +891,7 @@ def test_lines_of_another_version_are_refused_and_a_torn_one_is_none(capsys, tmp
     file = tmp_path / "lines.jsonl"
     file.write_text(json.dumps(line) + "\n")
     assert "vsd" in refused(capsys, "table", "--out", str(tmp_path))
-    fresh = line | {"version": runs.version("vsd")}
+    fresh = line | {"version": versions.version("vsd")}
     file.write_text(json.dumps(line) + "\n" + json.dumps(fresh) + "\n"
                     + json.dumps(line)[:40])
     assert list(runs.read(file).values()) == [fresh]
@@ -904,8 +905,8 @@ def test_a_version_follows_code_and_kin_but_not_prose(tmp_path, monkeypatch):
 
     shutil.copytree(ROOT / "toy2d", tmp_path / "toy2d")
     here = tmp_path / "toy2d" / "gallery"
-    monkeypatch.setattr(runs, "HERE", here)
-    version = runs.version.__wrapped__  # without its cache
+    monkeypatch.setattr(versions, "HERE", here)
+    version = versions.version.__wrapped__  # without its cache
     before = {name: version(name) for name in ("snoopi", "vsd", "boot")}
     file = here / "swiftbrush.py"
     file.write_text(file.read_text().replace('"""', '"""Other words. ', 1) + "# a remark\n")
@@ -914,11 +915,13 @@ def test_a_version_follows_code_and_kin_but_not_prose(tmp_path, monkeypatch):
     assert [version(name) == before[name] for name in before] == [False, True, True]
 
 
-def test_every_method_has_a_file_of_at_most_80_lines():
-    here = ROOT / "toy2d" / "gallery"
+def test_every_method_has_a_file_and_no_file_is_long():
     assert len(runs.METHODS) == 19
-    for name in runs.METHODS:
-        assert len((here / f"{name}.py").read_text().splitlines()) <= 80, name
+    found = {file.stem: len(file.read_text().splitlines())
+             for file in (ROOT / "toy2d" / "gallery").glob("*.py")}
+    assert found.keys() > set(runs.METHODS)
+    for name, lines in found.items():
+        assert lines <= (120 if name in ("core", "__main__") else 80), name
 
 
 def test_the_committed_lines_are_of_the_present_code_and_make_the_table(tmp_path):

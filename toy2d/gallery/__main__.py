@@ -15,7 +15,8 @@ from runtime import command
 from runtime.study import appending, follow_parent
 from toy2d.gallery import conditional, report
 from toy2d.gallery.core import Toy
-from toy2d.gallery.runs import METHODS, arms, execute, fresh, read
+from toy2d.gallery.runs import METHODS, arms, execute, read
+from toy2d.gallery.versions import fresh
 
 
 def main(argv: list[str]) -> None:

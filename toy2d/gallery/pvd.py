@@ -17,7 +17,8 @@ from toy2d.gallery.core import Result, Toy, loop, update
 from toy2d.gallery.fields import Field, render
 
 NAME, QUERIES, START, STEPS, BACKTRACK = "PVD", "-", "untrained", 0, False
-CLAIM = "dB of the field in 200 steps: from rays → distilled (check: distilled through rays alone)"
+CLAIM = ("dB of the field in 200 steps: from rays → distilled "
+         "(check: distilled through rays alone)")
 
 
 def from_rays(density: Callable, right: Callable) -> Tensor:

@@ -1,68 +1,22 @@
-"""A run of the gallery: what it costs, what it depends on, and the line that it leaves."""
+"""A run of the gallery, and the line that it leaves."""
 
-import ast
-import functools
-import hashlib
 import importlib
 import json
 import time
 from pathlib import Path
 
 import torch
-from torch.nn.modules.module import register_module_forward_hook
 
 from disback import Refusal
 from runtime import files
-from toy2d import model
 from toy2d.gallery.core import Toy
+from toy2d.gallery.counter import Count
+from toy2d.gallery.versions import version
 
 METHODS = ("vsd", "swiftbrush", "snoopi", "fdistill", "msd", "phased", "flash", "sprint", "tbcm",
            "rcm", "mdt", "hypersd", "twinflow", "boot", "instaflow", "hipa", "distillspec", "pvd",
            "stepbystep")
-HERE = Path(__file__).parent
-TEACHER = ("train", "trained_teacher", "karras_sigma", "lognormal_sigma", "score_weight")
 KEY = ("method", "variant", "backtrack", "rate", "seed")
-
-
-class Count:
-    """While it is open, `evals` grows by the rows of every answer of a Perceptron, three times
-    where a backward is to follow or where a directional derivative is taken."""
-
-    def __enter__(self) -> "Count":
-        self.evals, self.handle = 0, register_module_forward_hook(self.add)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
-
-    def add(self, module: torch.nn.Module, _: tuple, answer: torch.Tensor) -> None:
-        if isinstance(module, model.Perceptron):
-            tangent = torch.autograd.forward_ad.unpack_dual(answer).tangent
-            self.evals += len(answer) * (3 if answer.requires_grad or tangent is not None else 1)
-
-
-@functools.cache
-def version(method: str) -> str:
-    """A hash of the code that a method's numbers depend on, without comments and docstrings."""
-    todo, found = [HERE / f"{method}.py"], {}
-    while todo:
-        file = todo.pop()
-        tree = found[file.name] = ast.parse(file.read_text())
-        imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        names = {word for node in imported if str(node.module).startswith("toy2d.gallery")
-                 for word in (node.module.split(".")[-1], *(alias.name for alias in node.names))}
-        todo += [HERE / f"{name}.py" for name in sorted(names)
-                 if f"{name}.py" not in found and (HERE / f"{name}.py").exists()]
-    for name in ("model.py", "mixture.py"):
-        found[name] = ast.parse((HERE.parent / name).read_text())
-    problem = ast.parse((HERE.parent / "problem.py").read_text())
-    found |= {node.name: node for node in problem.body if getattr(node, "name", "") in TEACHER}
-    for node in (node for tree in found.values() for node in ast.walk(tree)):
-        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        if documented and ast.get_docstring(node):
-            del node.body[0]
-    text = "".join(ast.dump(found[name]) for name in sorted(found))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def arms(method: str) -> list[tuple]:
@@ -112,8 +66,3 @@ def read(file: Path) -> dict[tuple, dict]:
             raise Refusal(f"{file} has lines of another kind: name another --out")
         lines[tuple(line[name] for name in KEY)] = line
     return lines
-
-
-def fresh(line: dict | None) -> bool:
-    """Whether a line is there and of the present code."""
-    return line is not None and line["version"] == version(line["method"])
