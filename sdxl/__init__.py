@@ -1,15 +1,6 @@
-"""DisBack on SDXL. The libraries' warnings and bars, of which there are dozens a run, would hide
-its own line; those of a download, which takes minutes, are left."""
+"""DisBack on SDXL. See quiet.py; the variables are for what the libraries say while they load."""
 
-from diffusers.utils import logging as of_diffusers
-from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-from huggingface_hub.utils import logging as of_hub
-from transformers.utils import logging as of_transformers
+import os
 
-hidden = are_progress_bars_disabled()
-for library in (of_diffusers, of_hub, of_transformers):
-    library.set_verbosity_error()
-for library in (of_diffusers, of_transformers):
-    library.disable_progress_bar()
-if not hidden:  # transformers has hidden the hub's as well
-    enable_progress_bars()
+for library in ("DIFFUSERS", "TRANSFORMERS"):
+    os.environ.setdefault(f"{library}_VERBOSITY", "error")

@@ -13,19 +13,20 @@ from torch import Tensor
 import backtrack
 from runtime import bench, command
 from runtime.interface import Problem
-from sdxl import memory, problem, tiny
+from sdxl import assembly, memory, tiny
+from sdxl.settings import Config
 
 PROMPTS = 200
 
 
-def make(config: problem.Config, seed: int, device: Any) -> Problem:
+def make(config: Config, seed: int, device: Any) -> Problem:
     """A random UNet, made where it is to be; the preset's --model, if any, is taken for SDXL."""
     shape, scale = (memory.BASE, 8) if config.model else (dict(tiny.unet().config), 2)
     with torch.device(device):
         unet = UNet2DConditionModel.from_config(shape).eval()
-    teacher, sigmas = problem.as_denoiser(unet, noise_levels(), config, device)
+    teacher, sigmas = assembly.as_denoiser(unet, noise_levels(), config, device)
     bank = embeddings(shape, device)
-    return problem.assemble(config, seed, device, teacher, sigmas, bank, config.size // scale)
+    return assembly.assemble(config, seed, device, teacher, sigmas, bank, config.size // scale)
 
 
 def noise_levels() -> Tensor:

@@ -2,6 +2,7 @@
 is built on the meta device, where tensors have shapes and no data."""
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,10 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from runtime import files
+from sdxl import layout, tiny
 from sdxl.model import ADAPTED
+from sdxl.settings import FULL, Config
 
 # The config of stabilityai/stable-diffusion-xl-base-1.0's UNet: 2,567,463,684 parameters.
 BASE = dict(
@@ -21,6 +25,20 @@ BASE = dict(
     transformer_layers_per_block=(1, 2, 10), use_linear_projection=True,
     addition_embed_type="text_time", addition_time_embed_dim=256,
     projection_class_embeddings_input_dim=2816)
+
+
+def of_run(config: Config) -> str:
+    """The table of a run, by the UNet that it would have; nothing is fetched or allocated."""
+    file, note = Path(config.model, "unet", "config.json").expanduser(), ""
+    if not config.model:
+        unet, scale = dict(tiny.unet().config), 2
+    elif file.is_file():
+        unet, scale = files.load_json(file, "no UNet"), layout.vae_scale(file.parents[1])
+    else:
+        unet, scale = BASE, 8
+        if config.model != FULL.model:
+            note = f"note: {config.model} is no folder here; these are SDXL base's numbers\n"
+    return note + table(unet, config, config.size // scale)
 
 
 def on_meta(unet_config: dict) -> UNet2DConditionModel:

@@ -20,6 +20,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from runtime import files
+from sdxl import quiet  # noqa: F401  (every part of sdxl imports this one)
 
 
 def folder(cache: Path) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch._dynamo", "matplotlib.pyplot", "scipy.stats", "backtrack",
-                               "degrade", "toy2d.study", "imagenet64.fid", "sdxl.problem"])
+                               "degrade", "toy2d.study", "imagenet64.fid", "sdxl.assembly"])
 
 
 def execute(code, environment, said):

@@ -26,7 +26,7 @@ import degrade
 import disback
 from runtime import files, folder, optimizers
 from runtime import run as stage_run
-from sdxl import figures, generate, memory, model, problem, text
+from sdxl import assembly, figures, generate, memory, model, problem, settings, text
 from sdxl import tiny as tiny_pipeline
 
 SMALL = ["--log-every", "50"]
@@ -41,8 +41,8 @@ def three_prompts(tmp_path_factory):
     file.write_text("A photo of a dog.\n\nthe thin man in the inn\na café\n", encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "SHIPPED", file)
-        patch.setattr(problem, "SHOWN", 3)
-        patch.setattr(problem, "sample", functools.partial(problem.sample, steps=3))
+        patch.setattr(assembly, "SHOWN", 3)
+        patch.setattr(assembly, "sample", functools.partial(assembly.sample, steps=3))
         yield
 
 
@@ -324,7 +324,7 @@ def test_every_gradient_is_cut_to_the_problems_norm_and_then_freed(tmp_path, no_
 @pytest.mark.parametrize("clip, left", [(0.5, [0.3, 0.4]), (10.0, [3.0, 4.0])])
 def test_a_gradient_is_shortened_only_where_it_is_longer_than_the_limit(clip, left):
     net = torch.nn.Linear(2, 1, bias=False)
-    adam = optimizers.adamw(net, problem.TINY, 1e-3, clip)
+    adam = optimizers.adamw(net, settings.TINY, 1e-3, clip)
     (net.weight @ torch.tensor([3.0, 4.0])).sum().backward()
     adam.step()
     torch.testing.assert_close(net.weight.grad[0], torch.tensor(left), atol=1e-5, rtol=1e-5)
@@ -574,7 +574,7 @@ def test_a_decoded_picture_is_the_pipelines(base):
 def test_the_sampler_draws_a_gaussian_from_its_exact_denoiser(gaussian):
     torch.manual_seed(0)
     net = gaussian(1.0, 0.5).float()
-    x = problem.sample(net, torch.randn(200, 4, 8, 8), None, sigma_table(), steps=200)
+    x = assembly.sample(net, torch.randn(200, 4, 8, 8), None, sigma_table(), steps=200)
     assert x.mean().item() == pytest.approx(1.0, abs=0.05)
     assert x.std().item() == pytest.approx(0.5, abs=0.05)
 
@@ -585,7 +585,7 @@ def test_evaluating_changes_no_random_number_and_tells_the_students_spread(tiny)
     torch.manual_seed(3)
     metrics = tiny.evaluate(tiny.student)
     assert torch.equal(torch.randn(3), expected) and metrics == tiny.evaluate(tiny.student)
-    still = problem.evaluate(None, lambda student, z, cond: 3 * z + 2, (
+    still = assembly.evaluate(None, lambda student, z, cond: 3 * z + 2, (
         torch.randn(100, 4, 16, 16), None))
     assert still["latent_std"] == pytest.approx(3, rel=0.02)
     assert still["latent_mean"] == pytest.approx(2, abs=0.05)

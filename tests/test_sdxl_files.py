@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from runtime import files
-from sdxl import generate, layout, model, problem, text
+from sdxl import generate, layout, model, problem, settings, text
 
 KINDS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel,
          "text_encoder_2": CLIPTextModelWithProjection}
@@ -43,7 +43,7 @@ def test_parts_in_shards_or_in_fp16_are_those_in_one_file(base, mine, variant, s
         assert all(torch.equal(found[part][name], weight) for name, weight in state.items())
     bank = text.embed(mine, ["a dog"], mine)
     assert torch.equal(bank["text"], text.embed(base, ["a dog"], mine / "other")["text"])
-    made = problem.dry_run(problem.Config(model=str(mine)))
+    made = problem.dry_run(settings.Config(model=str(mine)))
     assert "261,684 parameters" in made
 
 

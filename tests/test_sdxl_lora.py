@@ -14,7 +14,7 @@ import backtrack
 import degrade
 import disback
 from runtime import files
-from sdxl import memory, model, problem, tiny
+from sdxl import assembly, memory, model, problem, tiny
 
 SMALL = ["sdxl", "--rank", "4", "--log-every", "50"]
 
@@ -22,9 +22,9 @@ SMALL = ["sdxl", "--rank", "4", "--log-every", "50"]
 @pytest.fixture(autouse=True)
 def two_prompts(tmp_path, monkeypatch):
     (tmp_path / "two.txt").write_text("a dog\na cat\n")
-    monkeypatch.setattr(problem.text, "SHIPPED", tmp_path / "two.txt")
-    monkeypatch.setattr(problem, "SHOWN", 3)
-    monkeypatch.setattr(problem, "sample", functools.partial(problem.sample, steps=2))
+    monkeypatch.setattr(assembly.text, "SHIPPED", tmp_path / "two.txt")
+    monkeypatch.setattr(assembly, "SHOWN", 3)
+    monkeypatch.setattr(assembly, "sample", functools.partial(assembly.sample, steps=2))
 
 
 def trained(net):

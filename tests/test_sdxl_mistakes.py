@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import backtrack
 import degrade
 from runtime import files, folder
-from sdxl import generate, layout, model, problem, text
+from sdxl import generate, layout, memory, model, problem, settings, text
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SMALL = ["--steps", "3", "--nodes", "2", "--log-every", "50"]
@@ -314,7 +314,7 @@ def test_the_student_of_a_run_that_is_replaced_is_removed_and_what_is_beside_it_
     (tmp_path / "student.safetensors").unlink()
     assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "student").rglob("*.*")
             if file.is_file()} == {0o666 & ~files.UMASK}
-    made = SimpleNamespace(config=problem.TINY)
+    made = SimpleNamespace(config=settings.TINY)
     args = SimpleNamespace(out=tmp_path, problem="sdxl", preset="tiny", seed=0, overwrite=False,
                            resume=False, accumulate=1, shard=False, compile=False,
                            writes=folder.writes("backtrack", problem.WRITES))
@@ -345,13 +345,13 @@ def test_help_names_the_fields_and_a_dry_run_writes_nothing(capsys, tmp_path):
 
 def test_a_dry_run_says_whose_numbers_it_prints_and_heeds_the_size_of_any_model(
         mine, monkeypatch):
-    tiny = problem.dry_run(replace(problem.TINY, model=str(mine)))
-    larger = replace(problem.TINY, model=str(mine), size=64)
-    assert tiny == problem.dry_run(problem.TINY) != problem.dry_run(larger)
+    tiny = problem.dry_run(replace(settings.TINY, model=str(mine)))
+    larger = replace(settings.TINY, model=str(mine), size=64)
+    assert tiny == problem.dry_run(settings.TINY) != problem.dry_run(larger)
     assert "261,684 parameters" in tiny and "note" not in tiny
-    monkeypatch.setattr(problem.memory, "BASE", json.loads((mine / "unet/config.json").read_text()))
+    monkeypatch.setattr(memory, "BASE", json.loads((mine / "unet/config.json").read_text()))
     assert "no/such/place is no folder here; these are SDXL base's" in problem.dry_run(
-        replace(problem.FULL, model="no/such/place", nodes=3))
+        replace(settings.FULL, model="no/such/place", nodes=3))
 
 
 @pytest.mark.parametrize("name", ["transformers.utils.import_utils", "diffusers.schedulers",
