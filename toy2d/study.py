@@ -62,12 +62,12 @@ CHEAP = tuple(cell for cell in CELLS if cell not in LONG)
 PLAN = [
     (("4D d8",), CONFIRMED, ALIKE[1:3], FRESH), (("2D d8 eps",), MAIN[:4], ALIKE[:3], SEEDS),
     (("4D d16", "2D d16"), CONFIRMED, ALIKE[1:4], SEEDS),
-    (("2D d8",), MAIN[:4], ALIKE[:3], SEEDS), (("4D d8",), ABLATION, ALIKE[1:3], SEEDS),
+    (("2D d8",), MAIN[:4], ALIKE[:3], SEEDS), (ABLATED, ABLATION, ALIKE[1:3], SEEDS),
     (("4D d4", "2D d4", "2D d12"), MAIN[:2], ALIKE[1:4], SEEDS),
+    (("2D d8 eps",), CONFIRMED, ALIKE[1:3], FRESH),
+    (("poor teacher", "Karras noise"), CONFIRMED, ALIKE[1:4], SEEDS),
     (("16D d8", "16D d4", "16D d16"), MAIN[:2], ALIKE[2:3], SEEDS),
-    (("2D d8 eps",), CONFIRMED, ALIKE[1:3], FRESH), (("default",), MAIN[:4], ALIKE[1:2], SEEDS),
-    (("poor teacher", "Karras noise"), MAIN[:4], ALIKE[1:4], SEEDS),
-    (("2D d8 eps",), ABLATION, ALIKE[1:3], SEEDS), (("16D d0",), MAIN[:2], ALIKE[2:3], SEEDS),
+    (("default",), MAIN[:4], ALIKE[1:2], SEEDS), (("16D d0",), MAIN[:2], ALIKE[2:3], SEEDS),
     (CHEAP, MAIN[:4], ALIKE, SEEDS), (("default",), MAIN[:4], ALIKE[:3], SEEDS),
     (ABLATED, MAIN, ALIKE + FASTER, SEEDS)]
 QUICK = [(("4D d8",), MAIN[:2], ALIKE[1::2], SEEDS[:3])]
