@@ -30,7 +30,7 @@ from sdxl import tiny as tiny_pipeline
 
 CLIP = 0.01  # below every gradient's norm
 SMALL = ["--log-every", "50", "--clip", str(CLIP)]
-BACKTRACK = [*SMALL, "--save-every", "1", "--steps", "3", "--interval", "2",
+BACKTRACK = [*SMALL, "--save-every", "2", "--steps", "3", "--interval", "2",
              "--fake-updates", "2"]
 
 
@@ -301,10 +301,11 @@ def test_the_loops_neither_wait_for_the_device_nor_compute_in_float64(
 
 
 def test_a_run_that_is_cut_off_resumes_to_the_same_bits(run, tmp_path, no_figures, cut_off):
-    """Cut off in the second of three iterations, of 3 updates each; the target switches later."""
+    """Cut off in the last of three iterations, of 3 updates each; the second switched the target
+    and saved a checkpoint."""
     shutil.copytree(run / "path", tmp_path / "path")
     argv = ["sdxl", "--out", str(tmp_path), *BACKTRACK]
-    cut_off(3 + 2, backtrack.main, argv)
+    cut_off(2 * 3 + 2, backtrack.main, argv)
     backtrack.main([*argv, "--resume"])
     whole, resumed = (load_file(out / "student.safetensors") for out in (run, tmp_path))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
