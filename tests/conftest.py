@@ -143,7 +143,7 @@ def before_updates():
         handle.remove()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def forwards():
     """forwards(kinds, batch, main, argv): the forwards of one sample that a stage makes of networks
     of these kinds at its own batch; a backward through the weights counts 2."""

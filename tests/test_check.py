@@ -10,6 +10,7 @@ import backtrack
 import degrade
 from imagenet64 import problem
 from runtime import check
+from sdxl import text
 
 
 class Here:
@@ -34,15 +35,22 @@ def here(file, *argv):
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch, small_digits):
-    """Small networks whose teachers are soon trained, and no classifier of digits."""
+def small(monkeypatch, small_digits, tmp_path):
+    """Small networks whose teachers are soon trained, no classifier of digits, and one prompt."""
+    (tmp_path / "prompts.txt").write_text("a dog")
+    monkeypatch.setattr(text, "SHIPPED", tmp_path / "prompts.txt")
     monkeypatch.setattr(check, "SMALL", {"toy2d": SMALL, "imagenet64": ["--teacher-steps", "2"]})
     monkeypatch.setattr(problem, "Evaluation", lambda *_: None)
 
 
-def test_the_table_of_a_machine_that_is_sound(capsys, monkeypatch, no_figures):
+def test_the_table_of_a_machine_that_is_sound(capsys, monkeypatch, no_figures, cut_off):
+    def stop(out, file, *argv, env):
+        cut_off(2 * 5, backtrack.main, [*argv, "--out", out])  # it saves at the fourth iteration
+        return ""
+
     monkeypatch.setattr(check, "ThreadPoolExecutor", Here)
     monkeypatch.setattr(check, "stage", here)
+    monkeypatch.setattr(check, "stop", stop)
     with pytest.raises(SystemExit) as ended:
         check.main(["toy2d", "--steps", "8"])
     first, head, *rows = capsys.readouterr().out.splitlines()
@@ -55,6 +63,13 @@ def test_the_table_of_a_machine_that_is_sound(capsys, monkeypatch, no_figures):
 def test_a_stage_that_fails_is_told_by_its_last_line_and_another_by_none(monkeypatch):
     assert check.stage("-c", "raise SystemExit('a\\nout of luck')") == "out of luck"
     assert check.stage("-c", "pass") == ""
+
+
+def test_a_stage_is_stopped_at_its_first_checkpoint_or_told_by_its_last_line(tmp_path):
+    code = "import sys, time; raise SystemExit('out of luck')"
+    assert check.stop(tmp_path, "-c", code, env={}) == "out of luck"
+    code = "import sys, time; open(sys.argv[2] + '/state.pt', 'w'); time.sleep(60)"
+    assert check.stop(tmp_path, "-c", code, env={}) == ""
 
 
 def test_a_loss_that_is_not_the_cpus_and_a_stage_that_ends_badly_fall_short(capsys, monkeypatch):
@@ -74,7 +89,7 @@ def test_a_loss_that_is_not_the_cpus_and_a_stage_that_ends_badly_fall_short(caps
 
 
 @pytest.mark.parametrize("name", check.PROBLEMS)
-def test_the_losses_do_not_vanish_and_see_a_weight_that_changes(name, monkeypatch):
+def test_the_losses_do_not_vanish_and_see_an_input_that_changes(name):
     inputs = check.draw(name)
     found = check.losses(name, inputs, "cpu")
     assert found.isfinite().all() and (found > 1e-3).all()

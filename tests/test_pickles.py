@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pickle
+import pickletools
 import random
 import resource
 import struct
@@ -16,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, refusal
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import disback
 from imagenet64 import edm, pickles
-from runtime import command, files
+from runtime import files
 
 DATA = ROOT / "tests" / "data"
 FIXTURE = DATA / "edm_pkl_fixture_adm.pkl"
@@ -56,7 +57,7 @@ def at_most(extra_bytes):
 # ----------------------------------------------------------------------------- the released format
 
 
-def test_the_fixture_is_converted_bit_for_bit_in_the_order_of_its_state_dict(tmp_path):
+def test_the_fixture_is_converted_bit_for_bit_and_loads_strictly_into_its_network(tmp_path):
     expected = np.load(DATA / "edm_pkl_fixture_adm_expected.npz")
     digest = pickles.convert(FIXTURE, tmp_path / "ema.safetensors")
     found = load_file(tmp_path / "ema.safetensors")
@@ -68,25 +69,18 @@ def test_the_fixture_is_converted_bit_for_bit_in_the_order_of_its_state_dict(tmp
     with safe_open(tmp_path / "ema.safetensors", "pt") as file:
         assert file.metadata() == {"source_sha256": digest}
     assert digest == files.sha256(FIXTURE)
-
-
-def test_a_converted_file_loads_strictly_into_the_network_of_its_architecture(tmp_path):
-    pickles.convert(FIXTURE, tmp_path / "ema.safetensors")
     net = edm.Denoiser(**TINY)
     files.load_net(tmp_path / "ema.safetensors", net)
-    expected = np.load(DATA / "edm_pkl_fixture_adm_expected.npz")
-    assert all((t.numpy() == expected[name]).all() for name, t in net.state_dict().items())
-    with pytest.raises(disback.Refusal, match="does not hold this network"):
-        files.load_net(tmp_path / "ema.safetensors", edm.Denoiser(**TINY | {"label_dim": 4}))
+    assert all(torch.equal(found[name], weight) for name, weight in net.state_dict().items())
+    other = edm.Denoiser(**TINY | {"label_dim": 4})
+    assert "does not hold this network" in refusal(
+        files.load_net, tmp_path / "ema.safetensors", other)
 
 
-def test_the_command_line_converts_and_names_the_hash(capsys, tmp_path):
+def test_the_command_line_converts_and_names_the_hash_and_has_help(capsys, tmp_path):
     pickles.main([str(FIXTURE), str(tmp_path / "new" / "ema.safetensors")])
     assert files.sha256(FIXTURE) in capsys.readouterr().out
     assert (tmp_path / "new" / "ema.safetensors").exists()
-
-
-def test_the_command_line_has_help(capsys):
     with pytest.raises(SystemExit) as ended:
         pickles.main(["--help"])
     said = capsys.readouterr().out
@@ -95,12 +89,8 @@ def test_the_command_line_has_help(capsys):
 
 @pytest.mark.parametrize("argv", [[], ["a.pkl"], ["no.pkl", "b.safetensors"],
                                   [".", "b.safetensors"], [str(FIXTURE), "b.pkl"]])
-def test_a_wrong_command_line_ends_with_one_line_and_status_2(argv, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["pickles", *argv])
-    with pytest.raises(SystemExit) as ended:
-        command.run(pickles.main)
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+def test_a_wrong_command_line_ends_with_one_line_and_status_2(argv, refused, tmp_path):
+    assert refused(pickles.main, argv)
     assert not list(tmp_path.iterdir())
 
 
@@ -281,55 +271,56 @@ def laughs(levels):
     return checkpoint(module)
 
 
-HOSTILE = {
-    # calls, by every road that leads to one
-    "exec": (parameter(name("builtins.exec") + RUN), "builtins.exec"),
+def stored(payload):
+    return parameter(tensor(storage(payload)))
+
+
+def shaped(**how):
+    return parameter(tensor(**how))
+
+
+def network(**members):
+    return checkpoint(assembled(**members))
+
+
+# What builds plain data; no other opcode is known, least of all those that call.
+PLAIN = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
+SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1
+TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS BINPUT
+LONG_BINPUT BINGET LONG_BINGET MEMOIZE GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID"""
+OPCODES = {op.name: (parameter(op.code.encode("latin1")), f"opcode 0x{ord(op.code):02x}")
+           for op in pickletools.opcodes if op.name not in PLAIN.split()}
+NAMES = {full: (parameter(call(full, text(TRIPWIRE))), full) for full in (
+    "builtins.exec", "builtins.getattr", "os.system", "copyreg._reconstructor",
+    "operator.attrgetter", "torch.load", "torch.nn.modules.linear.Linear",
+    "numpy.core.multiarray._reconstruct", "numpy.core.numeric._frombuffer")}
+DICT, MODULES = "collections.OrderedDict", "torch.nn.modules.container.ModuleDict"
+HOSTILE = OPCODES | NAMES | {
+    # calls, by every other road that leads to one
     "exec named by lines": (parameter(b"cbuiltins\nexec\n" + RUN), "builtins.exec"),
     "exec in the loss": (bytearray(b"\x80\x04" + items(
         ema=assembled(), loss_fn=name("builtins.exec") + RUN) + STOP), "builtins.exec"),
-    "os.system": (parameter(call("os.system", text("touch TRIPWIRE_EXECUTED"))), "os.system"),
     "a name with dots": (parameter(text("torch") + text("storage._load_from_bytes.__globals__")
                                    + b"\x93"), "__globals__"),
     "a name that is split elsewhere": (parameter(text("torch.storage._load_from_bytes")
                                                  + text("__call__") + b"\x93"), "__call__"),
     "a name that is no text": (parameter(b"K\x01K\x02\x93"), "no name"),
-    "getattr": (parameter(call("builtins.getattr", name("os.system"), text("x"))), "getattr"),
-    "a class of torch": (parameter(name("torch.nn.modules.linear.Linear") + b")\x81"), "Linear"),
-    "a real function of torch": (parameter(name("torch.load") + b")R"), "torch.load"),
-    "copyreg._reconstructor": (parameter(call("copyreg._reconstructor")), "copyreg"),
-    "operator.attrgetter": (parameter(call("operator.attrgetter", text("x"))), "operator"),
-    "INST": (parameter(MARK + text(TRIPWIRE) + b"ibuiltins\nexec\n"), "opcode 0x69"),
-    "OBJ": (parameter(MARK + name("collections.OrderedDict") + b"o"), "opcode 0x6f"),
-    "NEWOBJ_EX": (parameter(name("collections.OrderedDict") + b")}\x92"), "opcode 0x92"),
-    "EXT1": (parameter(b"\x82\x01"), "opcode 0x82"),
-    "EXT2": (parameter(b"\x83\x01\x00"), "opcode 0x83"),
-    "EXT4": (parameter(b"\x84\x01\x00\x00\x00"), "opcode 0x84"),
-    "PERSID": (parameter(b"Px\n"), "opcode 0x50"),
     "BINPERSID": (parameter(text("x") + b"Q"), "persistent"),
-    "an external buffer": (parameter(b"\x97"), "opcode 0x97"),
-    "a call of a result": (parameter(call("collections.OrderedDict") + RUN), "makes a call"),
-    "a call without a tuple": (parameter(name("collections.OrderedDict") + b"]R"), "makes a call"),
+    "a call of a result": (parameter(call(DICT) + RUN), "makes a call"),
+    "a call without a tuple": (parameter(name(DICT) + b"]R"), "makes a call"),
     "arguments of a set": (parameter(call("builtins.set", b"]" + b"(K\x01e")), "makes a call"),
-    "encode by another codec": (parameter(call("_codecs.encode", text("x"), text("zip"))),
-                                "makes a call"),
-    "an object dtype": (parameter(call("numpy.dtype", text("O8"), b"\x89", b"\x88")),
-                        "makes a call"),
-    "an array dtype": (parameter(call("numpy.dtype", text("9999999999f8"), b"\x89", b"\x88")),
-                       "makes a call"),
-    "numpy's reconstruct": (parameter(call("numpy.core.multiarray._reconstruct")), "_reconstruct"),
-    "numpy's frombuffer": (parameter(call("numpy.core.numeric._frombuffer")), "_frombuffer"),
+    "another codec": (parameter(call("_codecs.encode", text("x"), text("zip"))), "makes a call"),
+    "an object dtype": (parameter(call("numpy.dtype", text("O8"), b"\x89\x88")), "makes a call"),
+    "an array dtype": (parameter(call("numpy.dtype", text("999f8"), b"\x89\x88")), "makes a call"),
     # states that would change what is there
     "BUILD on a function": (parameter(name("torch.storage._load_from_bytes")
                                       + items(__globals__=b"}") + b"b"), "state of what has none"),
-    "BUILD on a class": (parameter(name("torch.nn.modules.container.ModuleDict")
-                                   + items(__new__=b"N") + b"b"), "state of what has none"),
-    "BUILD with slots": (parameter(name("torch.nn.modules.container.ModuleDict") + b")\x81"
-                                   + b"N" + items(__class__=b"N") + b"\x86b"), "state of what"),
+    "BUILD on a class": (parameter(name(MODULES) + items(__new__=b"N") + b"b"), "state of what"),
+    "BUILD with slots": (parameter(name(MODULES) + b")\x81N" + items(__class__=b"N") + b"\x86b"),
+                         "state of what"),
     "BUILD on a module that has a state": (parameter(assembled() + b"}b"), "state of what"),
     "BUILD on a tensor": (parameter(tensor() + items(grad=b"N") + b"b"), "state of what"),
     # what the stack machine must survive
-    "LONG4": (parameter(b"\x8b\xff\xff\xff\x7f"), "opcode 0x8b"),
-    "INT of many digits": (parameter(b"I" + b"9" * 9999 + b"\n"), "opcode 0x49"),
     "text longer than the file": (parameter(b"X\xff\xff\xff\x7fx"), "more bytes than"),
     "bytes longer than any memory": (parameter(b"\x8e" + b"\xff" * 7 + b"\x7f"), "more bytes than"),
     "a frame longer than the file": (parameter(b"\x95" + b"\xff" * 8), "frame"),
@@ -338,101 +329,84 @@ HOSTILE = {
     "a huge memo slot": (parameter(b"K\x01r\xff\xff\xff\xff"), "not a tensor"),
     "a mark that is missing": (parameter(b"ttttt"), "malformed"),
     "a stack that is empty": (bytearray(b"\x80\x04\x87."), "more values than there are"),
-    "REDUCE on nothing": (bytearray(b"\x80\x04R."), "more values than there are"),
     "an odd number of items": (parameter(b"}(" + text("key") + b"u"), "malformed"),
     "items of a number": (parameter(b"K\x01" + text("k") + b"Ns"), "cannot be filled"),
     "text that is no UTF-8": (parameter(b"X\x01\x00\x00\x00\xff"), "malformed"),
     "tuples nested deep": (parameter(DEEP), "not a tensor"),
     "tuples nested deep for a key": (parameter(b"}" + DEEP + b"Ns"), "keys that are not text"),
     "tuples nested deep in a set": (parameter(b"\x8f(" + DEEP + b"\x90"), "not text"),
+    "tuples nested deep for a type": (network(type=DEEP), "makes a call"),
     "integers that collide": (parameter(b"}" + integer(2**61 - 1) + b"Ns"), "not text"),
-    "tuples nested deep for a type": (checkpoint(assembled(type=DEEP)), "makes a call"),
     "a dict within itself": (bytearray(b"\x80\x04}q\x00" + text("ema") + b"h\x00s."), "something"),
-    "too many operations": (parameter(b")0" * 2 + b"N" * 2**20), "opcode 0x30"),
     "operations without end": (parameter(b"(" + b"N" * 2**20 + b"t"), "too many operations"),
     "wide text from few bytes": (parameter(text("\U0001f600" + "a" * 100_000)), "more text than"),
     "one text encoded many times": (parameter(text("a" * 10_000) + b"q\x00" + b"".join(
         call("_codecs.encode", b"h\x00", text("latin1")) for _ in range(9))), "more text"),
     # storages
-    "exec within a storage": (parameter(tensor(storage(pickle.dumps(Code(), 2)))), "exec"),
-    "exec in torch.save's new format": (parameter(tensor(storage(
-        saved(Code(), _use_new_zipfile_serialization=True)))), "opcode 0x50"),
-    "exec in torch.save's old format": (parameter(tensor(storage(saved(Code())))), "exec"),
-    "a storage in the zip format": (parameter(tensor(storage(saved(
-        torch.arange(6.0)._typed_storage(), _use_new_zipfile_serialization=True)))), "opcode"),
-    "a tensor for a storage": (parameter(tensor(storage(saved(torch.arange(6.0))))),
-                               "_rebuild_tensor_v2"),
-    "a list of storages": (parameter(tensor(storage(saved([torch.arange(6.0)._typed_storage()])))),
+    "exec within a storage": (stored(pickle.dumps(Code(), 2)), "exec"),
+    "exec in torch.save's new format": (stored(saved(
+        Code(), _use_new_zipfile_serialization=True)), "opcode 0x50"),
+    "exec in torch.save's old format": (stored(saved(Code())), "exec"),
+    "a tensor for a storage": (stored(saved(torch.arange(6.0))), "_rebuild_tensor_v2"),
+    "a list of storages": (stored(saved([torch.arange(6.0)._typed_storage()])),
                            "torch.save did not write"),
-    "a dict for a storage": (parameter(tensor(b"}")), "makes a call"),
-    "text for bytes": (parameter(tensor(call("torch.storage._load_from_bytes", text("x")))),
+    "a dict for a storage": (shaped(of=b"}"), "makes a call"),
+    "text for bytes": (shaped(of=call("torch.storage._load_from_bytes", text("x"))),
                        "makes a call"),
-    "a storage within a storage": (parameter(tensor(storage(
-        b"\x80\x02" + storage() + STOP))), "_load_from_bytes"),
-    "a storage of another type": (parameter(tensor(storage(
-        legacy(b"FloatStorage", b"FakeStorage")))), "FakeStorage"),
-    "a storage on another machine's device": (parameter(tensor(storage(
-        legacy(b"X\x03\x00\x00\x00cpu", b"K\x00")))), "did not write"),
-    "a storage of another key": (parameter(tensor(storage(
-        STORAGE[:-40] + bytes([STORAGE[-40] ^ 1]) + STORAGE[-39:]))), "did not write"),
-    "a storage that claims more numbers": (parameter(tensor(storage(
-        legacy(b"K\x06N", b"K\x60N")))), "not whole"),
-    "a storage that claims a terabyte": (parameter(tensor(storage(
-        legacy(b"K\x06N", b"\x8a\x06\0\0\0\0\0\x01N")))), "not whole"),
-    "a storage that counts otherwise": (parameter(tensor(storage(
-        legacy(b"\x06" + bytes(7), b"\x07" + bytes(7))))), "not whole"),
-    "a storage that is cut off": (parameter(tensor(storage(STORAGE[:-1]))), "not whole"),
-    "a storage that goes on": (parameter(tensor(storage(STORAGE + b"x"))), "not whole"),
-    "a storage of big-endian numbers": (parameter(tensor(storage(
-        legacy(b"little_endianq\x02\x88", b"little_endianq\x02\x89")))), "did not write"),
-    "a storage with another magic number": (parameter(tensor(storage(
-        legacy(b"l\xfc\x9c", b"m\xfc\x9c")))), "did not write"),
-    "a storage that is empty": (parameter(tensor(storage(b""))), "malformed"),
+    "a storage within a storage": (stored(b"\x80\x02" + storage() + STOP), "_load_from_bytes"),
+    "another type": (stored(legacy(b"FloatStorage", b"FakeStorage")), "FakeStorage"),
+    "another device": (stored(legacy(b"X\x03\x00\x00\x00cpu", b"K\x00")), "did not write"),
+    "another key": (stored(STORAGE[:-40] + bytes([STORAGE[-40] ^ 1]) + STORAGE[-39:]),
+                    "did not write"),
+    "more numbers than it has": (stored(legacy(b"K\x06N", b"K\x60N")), "not whole"),
+    "a terabyte": (stored(legacy(b"K\x06N", b"\x8a\x06\0\0\0\0\0\x01N")), "not whole"),
+    "another count": (stored(legacy(b"\x06" + bytes(7), b"\x07" + bytes(7))), "not whole"),
+    "a storage that is cut off": (stored(STORAGE[:-1]), "not whole"),
+    "a storage that goes on": (stored(STORAGE + b"x"), "not whole"),
+    "big-endian numbers": (stored(legacy(b"endianq\x02\x88", b"endianq\x02\x89")), "did not write"),
+    "another magic number": (stored(legacy(b"l\xfc\x9c", b"m\xfc\x9c")), "did not write"),
+    "a storage that is empty": (stored(b""), "malformed"),
     # tensors
-    "an offset beyond the storage": (parameter(tensor(offset=1)), "larger than its storage"),
-    "an offset far beyond": (parameter(tensor(offset=HUGE)), "impossible"),
-    "a negative offset": (parameter(tensor(offset=-1)), "impossible"),
-    "a stride beyond the storage": (parameter(tensor(size=(2,), stride=(6,))), "larger than"),
-    "a negative stride": (parameter(tensor(stride=(-1,), offset=5)), "impossible"),
-    "strides that spread few numbers": (parameter(tensor(size=(6, 6), stride=(0, 1))), "larger"),
-    "a stride of 0 and a huge size": (parameter(tensor(size=(HUGE,), stride=(0,))), "impossible"),
-    "sizes whose product overflows": (parameter(tensor(size=(6,) * 8, stride=(0,) * 8)), "larger"),
-    "dimensions without end": (parameter(tensor(size=(1,) * 99, stride=(1,) * 99)), "impossible"),
+    "an offset beyond the storage": (shaped(offset=1), "larger than its storage"),
+    "an offset far beyond": (shaped(offset=HUGE), "impossible"),
+    "a negative offset": (shaped(offset=-1), "impossible"),
+    "a stride beyond the storage": (shaped(size=(2,), stride=(6,)), "larger than"),
+    "a negative stride": (shaped(stride=(-1,), offset=5), "impossible"),
+    "strides that spread few numbers": (shaped(size=(6, 6), stride=(0, 1)), "larger"),
+    "a stride of 0 and a huge size": (shaped(size=(HUGE,), stride=(0,)), "impossible"),
+    "sizes whose product overflows": (shaped(size=(6,) * 8, stride=(0,) * 8), "larger"),
+    "dimensions without end": (shaped(size=(1,) * 99, stride=(1,) * 99), "impossible"),
     "a size that is no number": (parameter(call(
         "torch._utils._rebuild_tensor_v2", storage(), b"K\x00", b"(G" + bytes(8) + b"t",
         integers(1), b"\x89", b"}")), "impossible"),
-    "fewer strides than sizes": (parameter(tensor(size=(2, 3), stride=(1,))), "malformed"),
-    "no numbers": (parameter(tensor(size=(0,))), "larger"),
+    "fewer strides than sizes": (shaped(size=(2, 3), stride=(1,)), "malformed"),
+    "no numbers": (shaped(size=(0,)), "larger"),
     # networks
-    "one tensor twice": (checkpoint(assembled(parameters=items(
-        a=tensor() + b"q\x00", b=b"h\x00"))), "occurs twice"),
-    "one storage twice": (checkpoint(assembled(parameters=items(
-        a=tensor(storage() + b"q\x00"), b=tensor(b"h\x00")))), "occurs twice"),
-    "one storage's bytes twice": (checkpoint(assembled(parameters=items(
+    "one tensor twice": (network(parameters=items(a=tensor() + b"q\x00", b=b"h\x00")), "twice"),
+    "one storage twice": (network(parameters=items(
+        a=tensor(storage() + b"q\x00"), b=tensor(b"h\x00"))), "occurs twice"),
+    "one storage's bytes twice": (network(parameters=items(
         a=tensor(call("torch.storage._load_from_bytes", raw(STORAGE) + b"q\x00")),
-        b=tensor(call("torch.storage._load_from_bytes", b"h\x00"))))), "occurs twice"),
+        b=tensor(call("torch.storage._load_from_bytes", b"h\x00")))), "occurs twice"),
     "modules that double": (laughs(7), "occurs twice"),
-    "a module within itself": (checkpoint(name("torch.nn.modules.container.ModuleDict") + b")\x81"
-                               + b"q\x00" + items(_parameters=b"}", _buffers=b"}",
-                               _modules=items(m=b"h\x00"), _non_persistent_buffers_set=b"\x8f")
-                               + b"b"), "occurs twice"),
+    "a module within itself": (checkpoint(name(MODULES) + b")\x81q\x00" + items(
+        _parameters=b"}", _buffers=b"}", _modules=items(m=b"h\x00"),
+        _non_persistent_buffers_set=b"\x8f") + b"b"), "occurs twice"),
     "modules nested deep": (checkpoint(nested_modules(12)), "too deep"),
-    "one name twice": (checkpoint(assembled(parameters=items(a=tensor()),
-                                            buffers=items(a=tensor()))), "occurs twice"),
-    "a name that collides": (checkpoint(assembled(parameters=items(**{"a.b": tensor()}))), "a.b"),
-    "a name of the file format's": (checkpoint(assembled(parameters=items(
-        __metadata__=tensor()))), "__metadata__"),
-    "an empty name": (checkpoint(assembled(parameters=items(**{"": tensor()}))), "is no name"),
-    "an endless name": (checkpoint(assembled(parameters=items(**{"a" * 99: tensor()}))), "no name"),
+    "one name twice": (network(parameters=items(a=tensor()), buffers=items(a=tensor())), "twice"),
+    "a name that collides": (network(parameters=items(**{"a.b": tensor()})), "a.b"),
+    "a name of the format's": (network(parameters=items(__metadata__=tensor())), "__metadata__"),
+    "an empty name": (network(parameters=items(**{"": tensor()})), "is no name"),
+    "an endless name": (network(parameters=items(**{"a" * 99: tensor()})), "no name"),
     "a parameter that is none": (parameter(b"K\x01"), "not a tensor"),
-    "a module that is none": (checkpoint(assembled(modules=items(m=b"K\x01"))), "not a module"),
-    "a module without a state": (checkpoint(assembled(modules=items(
-        m=name("torch.nn.modules.container.ModuleDict") + b")\x81"))), "not a module"),
-    "a module of another version": (checkpoint(assembled(version=b"K\x05")), "makes a call"),
-    "a module with half a state": (checkpoint(assembled(state=items(_buffers=b"}"))), "malformed"),
-    "parameters in a list": (checkpoint(assembled(parameters=b"]")), "are malformed"),
-    "hidden names in a list": (checkpoint(assembled(hidden=b"]")), "are malformed"),
-    "no tensor at all": (checkpoint(assembled()), "no tensor"),
+    "a module that is none": (network(modules=items(m=b"K\x01")), "not a module"),
+    "a module without a state": (network(modules=items(m=name(MODULES) + b")\x81")),
+                                 "not a module"),
+    "a module of another version": (network(version=b"K\x05"), "makes a call"),
+    "a module with half a state": (network(state=items(_buffers=b"}")), "malformed"),
+    "parameters in a list": (network(parameters=b"]"), "are malformed"),
+    "hidden names in a list": (network(hidden=b"]"), "are malformed"),
+    "no tensor at all": (network(), "no tensor"),
     "no ema": (bytearray(b"\x80\x04}."), "something else"),
     "a list": (bytearray(b"\x80\x04]."), "something else"),
     "an ema that is a tensor": (checkpoint(tensor()), "something else"),
@@ -450,8 +424,8 @@ def test_a_hostile_file_is_refused_for_its_own_reason_and_leaves_nothing(case, t
     (tmp_path / "in.pkl").write_bytes(data)
     with at_most(2**28), pytest.raises(disback.Refusal) as refused:
         pickles.convert(tmp_path / "in.pkl", tmp_path / "out.safetensors")
-    assert reason in str(refused.value)
-    assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+    line = str(refused.value)
+    assert reason in line and "\n" not in line and len(line) < 600
     assert os.listdir(tmp_path) == ["in.pkl"]
 
 
@@ -476,7 +450,7 @@ def test_a_real_unpickler_runs_such_a_call_and_writes_the_tripwire(tripwire):
 
 def test_the_fixture_cut_off_anywhere_is_refused():
     data = FIXTURE.read_bytes()
-    for end in range(0, len(data), 4099):
+    for end in range(0, len(data), 9973):
         with pytest.raises(disback.Refusal):
             pickles.read(bytearray(data[:end]))
 
@@ -515,6 +489,6 @@ def test_a_changed_byte_is_refused_or_changes_no_name_and_no_shape_that_would_lo
     file, net = io.BytesIO(), Small()
     dump(net, file)
     with at_most(2**28):
-        counts = flips(file.getvalue(), 400, net)
-        assert counts["refused"] > 100 and counts["as it was"] > 40
-        flips(FIXTURE.read_bytes(), 30, edm.Denoiser(**TINY))
+        counts = flips(file.getvalue(), 250, net)
+        assert counts["refused"] > 60 and counts["as it was"] > 25
+        flips(FIXTURE.read_bytes(), 10, edm.Denoiser(**TINY))
