@@ -18,7 +18,7 @@ import backtrack
 import degrade
 import disback
 from imagenet64 import download, sample
-from runtime import command, files, folder, plots
+from runtime import command, files, folder, plots, signals
 from sdxl import figures, generate, layout, model, problem, tiny
 
 
@@ -401,3 +401,13 @@ def test_too_large_a_network_is_not_blamed_on_the_batch_alone(capsys, monkeypatc
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(stage, run_name="__main__")
     assert ended.value.code == 2 and "the network's size" in capsys.readouterr().err
+
+
+def test_an_interrupt_that_is_ignored_stops_no_training():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.heeding_signals() as came:
+            signal.raise_signal(signal.SIGINT)
+        assert not came and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
