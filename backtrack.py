@@ -145,4 +145,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, "lower --batch, or raise --accumulate")
+    command.run(main, "lower --batch or the network's size, or raise --accumulate")

@@ -117,4 +117,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     from runtime import command
 
-    command.run(main, "lower --batch, or raise --accumulate")
+    command.run(main, "lower --batch or the network's size, or raise --accumulate")

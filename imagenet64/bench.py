@@ -35,4 +35,5 @@ def make(config: problem.Config, seed: int, device: Any) -> Problem:
 BENCH = bench.Bench("imagenet64", make, backtrack)
 
 if __name__ == "__main__":
-    command.run(lambda argv: bench.main(BENCH, 5, argv), "lower --batch, or raise --accumulate")
+    command.run(lambda argv: bench.main(BENCH, 5, argv),
+                "lower --batch or the network's size, or raise --accumulate")

@@ -112,15 +112,17 @@ def own(args: Any) -> list[Path]:
 
 def refuse_taken(out: Path, args: Any) -> None:
     """Refuse a folder that holds results, unless they are a run's and shall be overwritten."""
-    taken, is_run = own(args), bool(stages_of(out))
+    taken, stages = own(args), stages_of(out)
+    for other in {about["problem"] for about in stages.values()} - {args.problem}:
+        raise Refusal(f"{out} holds a run of {other}: name another --out")
     for file in taken:
         if file.is_dir() or file.parent.resolve() != out.resolve() / file.parent.relative_to(out):
             raise Refusal(f"{file} was not made by a run, it is a folder or beyond a link: name "
                           "another --out")
-    if not taken or args.overwrite and is_run:
+    if not taken or args.overwrite and stages:
         return
     remedy = "name another --out, go on with the run by --resume, or replace it by --overwrite"
-    if not is_run:
+    if not stages:
         remedy = f"{out} is no run's folder: name another --out"
     elif is_finished(out):
         remedy = "name another --out; --resume draws the figures of a finished run again"
@@ -137,8 +139,8 @@ def stages_of(out: Path) -> dict:
     if not file.exists():
         return {}
     stages = files.load_json(file, "name another --out")
-    if not all(name in ("degrade", "backtrack") and "problem" in about
-               for name, about in stages.items()):
+    if not all(name in ("degrade", "backtrack") and isinstance(about, dict)
+               and isinstance(about.get("problem"), str) for name, about in stages.items()):
         raise Refusal(f"{file} is not of a run: name another --out")
     return stages
 

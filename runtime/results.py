@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from runtime import files, ranks
 from runtime.interface import Config, Problem
+from runtime.records import check_number
 
 
 def evals_an_iteration(problem: Problem) -> int:
@@ -44,6 +45,7 @@ def finish(out: Path, problem: Problem, student: nn.Module, path: Any, compare: 
     stage2, file = evals_an_iteration(problem) * steps, out / "metrics.json"
     # A finished run whose figures are drawn again keeps the peak of its training.
     before = files.load_json(file, "remove it").get("peak_memory_bytes", 0) if file.exists() else 0
+    check_number(file, "peak_memory_bytes", before)
     ranks.barrier()
     files.save_json(file, {
         **problem.about, "steps": steps, **about, "peak_memory_bytes": max(before, peak_memory()),

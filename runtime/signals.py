@@ -21,7 +21,9 @@ def heeding_signals() -> Iterator[list[int]]:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
         os.write(2, b"\nstopping after this step\n")
 
-    before = {number: signal.signal(number, heed) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Of what a shell starts in a script's background it has SIGINT ignored: Ctrl-C is another's.
+    before = {number: signal.signal(number, heed) for number in (signal.SIGINT, signal.SIGTERM)
+              if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield came
     finally:

@@ -12,10 +12,7 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
-import signal
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +21,9 @@ from pathlib import Path
 
 import numpy as np
 from scipy.stats import binomtest
-from tqdm import tqdm
 
 from disback import Refusal
-from runtime import command, files, folder
+from runtime import command, files, folder, workers
 
 Rates = tuple[float, float]  # of student and fake
 Run = tuple[str, str, int, Rates]  # cell, arm, seed
@@ -80,11 +76,7 @@ class Study:
         """Run what the lines in a file lack of a plan."""
         with appending(file) as append:
             todo = list(self.jobs(plan, self.read(file)))
-            context = multiprocessing.get_context("spawn")
-            with context.Pool(processes, follow_parent) as pool:
-                for line in tqdm(pool.imap_unordered(functools.partial(execute, self), todo),
-                                 "jobs", len(todo)):
-                    append(line)
+            workers.work(functools.partial(execute, self), todo, processes, append)
 
     def jobs(self, plan: list[tuple], lines: Lines) -> Iterator[Job]:
         """What the lines lack; each run once."""
@@ -197,18 +189,6 @@ def appending(file: Path) -> Iterator[Callable[[dict], None]]:
         if not whole:
             handle.write(b"\n")  # a line that was cut off must not swallow the next
         yield append
-
-
-def follow_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever; an interrupt is the parent's
-    to answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def median_interval(values: Sequence[float], draws: int = 4000) -> tuple[float, float, float]:

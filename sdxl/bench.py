@@ -46,4 +46,5 @@ def embeddings(shape: dict, device: Any) -> dict[str, Tensor]:
 BENCH = bench.Bench("sdxl", make, backtrack)
 
 if __name__ == "__main__":
-    command.run(lambda argv: bench.main(BENCH, 3, argv), "lower --batch, or raise --accumulate")
+    command.run(lambda argv: bench.main(BENCH, 3, argv),
+                "lower --batch or the network's size, or raise --accumulate")

@@ -3,6 +3,7 @@ server that has imported once what is slow to import; where it could not, they d
 
 import multiprocessing
 import os
+import signal
 import socket
 import tempfile
 import time
@@ -21,6 +22,7 @@ def execute(code, environment, said):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run behind
     import torch
 
     torch.set_num_threads(1)

@@ -22,7 +22,9 @@ def everything(out):
     return {file: file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
 
 
-@pytest.mark.parametrize("config", [None, '{"model_type": "clip"}', '["degrade"]'])
+@pytest.mark.parametrize("config", [
+    None, '{"model_type": "clip"}', '["degrade"]', '{"degrade": "no problem"}',
+    '{"degrade": {"problem": ["toy2d"]}}'])
 def test_nothing_goes_in_a_folder_that_is_no_runs(refused, tmp_path, config):
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "path.png").write_text("mine")
@@ -47,6 +49,19 @@ def test_a_new_stage_1_takes_all_that_the_old_run_wrote_and_nothing_else(finishe
     held = {file.relative_to(out).parts[0] for file in everything(out).keys() - mine}
     assert held == {".disback.lock", "config.json", "path"}
     assert list(json.loads((out / "config.json").read_text())) == ["degrade"]
+
+
+@pytest.mark.parametrize("main, words", [
+    (degrade.main, ["--overwrite"]), (backtrack.main, ["--target", "teacher", "--overwrite"]),
+    (backtrack.main, ["--target", "teacher"])])
+def test_a_run_of_another_problem_is_never_overwritten_nor_joined(
+        recorded, refused, tmp_path, main, words):
+    """Its figures and its path would stay, and be taken for the new run's."""
+    out = shutil.copytree(recorded / "path", tmp_path / "path").parent
+    shutil.copy(recorded / "config.json", out)
+    before, words = everything(out), [*words, "--teacher", out / "none"]  # ends soon, if it begins
+    assert "of toy2d" in refused(main, ["imagenet64", "--out", out, *words])
+    assert everything(out) == before
 
 
 def test_a_finished_student_is_never_offered_for_overwriting(finished, refused):

@@ -283,3 +283,12 @@ def test_help_names_every_field_with_its_comment(capsys):
 def test_the_path_file_says_what_it_is(recorded):
     about = json.loads((recorded / "path" / "path.json").read_text())
     assert about["problem"] == "toy2d" and len(about["positions"]) == 5
+
+
+@pytest.mark.parametrize("peak", ["much", None])
+def test_a_peak_of_memory_that_is_no_number_is_refused(finished, refused, peak):
+    out, argv = finished
+    metrics = json.loads((out / "metrics.json").read_text()) | {"peak_memory_bytes": peak}
+    (out / "metrics.json").write_text(json.dumps(metrics))
+    line = refused(backtrack.main, [*argv, "--resume"])
+    assert "peak_memory_bytes" in line and repr(peak) in line

@@ -5,6 +5,8 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import os
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,12 +14,14 @@ import pytest
 import scipy.stats
 import torch
 from conftest import SMALL
+from processes import SERVER
 from safetensors.torch import load_file
 
 import backtrack
 import degrade
 import disback
 from runtime import study as statistics
+from runtime import workers
 from runtime.study import words
 from toy2d import mixture, study, study_figures, study_runs
 from toy2d.study import STUDY
@@ -134,17 +138,6 @@ def test_no_arm_of_a_cell_is_denied_a_rate_or_a_seed():
         assert found[cell, "vsd"] == found[cell, "disback"]
 
 
-class Here:
-    """A pool of no processes."""
-
-    def __init__(self, *_):
-        pass
-
-    __enter__ = lambda self: self  # noqa: E731
-    __exit__ = lambda self, *_: None  # noqa: E731
-    imap_unordered = staticmethod(map)
-
-
 def test_a_study_that_was_stopped_goes_on(tmp_path, monkeypatch):
     plan = [(("4D d8",), ("vsd", "disback"), study.ALIKE[:2], (0, 1))]
     executed, file = [], tmp_path / "lines.jsonl"
@@ -155,7 +148,8 @@ def test_a_study_that_was_stopped_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return {name: line(*job)[name] for name in ("steps", "stage1", "final", "swd")}
 
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: SimpleNamespace(Pool=Here))
+    monkeypatch.setattr(workers, "work", lambda function, jobs, _, take: [
+        take(function(job)) for job in jobs])
     stopped = dataclasses.replace(STUDY, advance=advance)
     with pytest.raises(KeyboardInterrupt):
         stopped.run(plan, file, 1)
@@ -164,6 +158,24 @@ def test_a_study_that_was_stopped_goes_on(tmp_path, monkeypatch):
     assert before.count(b"\n") == 2 and file.read_bytes().startswith(before)
     assert executed[2:4] == [executed[2]] * 2 and len(set(executed)) == 4 == len(executed) - 1
     assert len(STUDY.read(file)) == 8
+
+
+def test_a_worker_that_is_killed_ends_the_study_in_a_line(monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: SERVER)
+    with pytest.raises(disback.Refusal, match="killed.* fewer --jobs"):
+        workers.work(os._exit, [9], 1, print)
+
+
+def test_an_interrupt_waits_for_no_job(monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: SERVER)
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        workers.work(time.sleep, [0, 300, 300], 2, interrupted)
+    assert time.monotonic() - began < 150
 
 
 def test_two_studies_do_not_write_one_file(tmp_path):

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pathlib
+import runpy
 import shutil
 import signal
 import stat
@@ -17,7 +18,7 @@ import backtrack
 import degrade
 import disback
 from imagenet64 import download, sample
-from runtime import command, files, folder, plots
+from runtime import command, files, folder, plots, signals
 from sdxl import figures, generate, layout, model, problem, tiny
 
 
@@ -390,3 +391,23 @@ def test_a_folder_in_use_is_said_to_be_so_whatever_else_is_wrong(
     monkeypatch.setattr(fcntl, "lockf", held)
     line = refused(main, ["toy2d", "--out", tmp_path, *flags])
     assert "another process is at work" in line and "--overwrite" not in line
+
+
+@pytest.mark.parametrize("stage", ["degrade", "backtrack"])
+def test_too_large_a_network_is_not_blamed_on_the_batch_alone(capsys, monkeypatch, tmp_path, stage):
+    monkeypatch.setattr(sys, "argv", [
+        "stage.py", "toy2d", "--width", str(2**40 - 1), "--out", str(tmp_path / "run"),
+        *["--target", "teacher"][:2 * (stage == "backtrack")]])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(stage, run_name="__main__")
+    assert ended.value.code == 2 and "the network's size" in capsys.readouterr().err
+
+
+def test_an_interrupt_that_is_ignored_stops_no_training():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.heeding_signals() as came:
+            signal.raise_signal(signal.SIGINT)
+        assert not came and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

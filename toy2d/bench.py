@@ -21,4 +21,5 @@ def make(config: problem.Config, seed: int, device: Any) -> Problem:
 BENCH = bench.Bench("toy2d", make, backtrack)
 
 if __name__ == "__main__":
-    command.run(lambda argv: bench.main(BENCH, 500, argv), "lower --batch, or raise --accumulate")
+    command.run(lambda argv: bench.main(BENCH, 500, argv),
+                "lower --batch or the network's size, or raise --accumulate")

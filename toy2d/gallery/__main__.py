@@ -2,17 +2,14 @@
 lines lack; then, as `table` does, it writes table.md and gallery.png from the lines alone."""
 
 import argparse
+import functools
 import json
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from tqdm import tqdm
-
 from disback import Refusal
-from runtime import command
-from runtime.study import appending, follow_parent
+from runtime import command, workers
+from runtime.study import appending
 from toy2d.gallery import conditional, report
 from toy2d.gallery.core import Toy
 from toy2d.gallery.runs import METHODS, arms, execute, read
@@ -67,14 +64,7 @@ def run_all(out: Path, file: Path, seeds: int, jobs: int) -> None:
                 for arm in arms(method)]
         keys.sort(key=lambda key: key[1] != "")  # variants last
         todo = [key for key in keys if not fresh(lines.get(key))]
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), follow_parent) as pool:
-            futures = [pool.submit(execute, out, key) for key in todo]
-            try:
-                for future in tqdm(as_completed(futures), "runs", len(todo), smoothing=0.02):
-                    append(future.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        workers.work(functools.partial(execute, out), todo, jobs, append)
 
 
 def report_lines(file: Path) -> list[dict]:

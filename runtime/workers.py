@@ -1,0 +1,43 @@
+"""Jobs of a study, in processes of their own."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from tqdm import tqdm
+
+from disback import Refusal
+
+
+def work(function: Callable, jobs: Sequence, processes: int, take: Callable[[Any], None]) -> None:
+    """take(function(job)) of every job, those first that are done first. Refusal where a process
+    was killed; that and an interrupt wait for no job under way."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(jobs) or 1), context, follow_parent) as pool:
+        try:
+            futures = as_completed([pool.submit(function, job) for job in jobs])
+            for future in tqdm(futures, "jobs", len(jobs), smoothing=0.02):
+                take(future.result())
+        except BrokenProcessPool as error:
+            raise Refusal("a process of a job was killed, maybe for want of memory: start again "
+                          "with fewer --jobs; what is done is kept") from error
+        finally:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+
+
+def follow_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever; an interrupt is the parent's
+    to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
