@@ -895,7 +895,8 @@ def test_lines_of_another_version_are_refused_and_a_torn_one_is_none(capsys, tmp
     file.write_text(json.dumps(line) + "\n" + json.dumps(fresh) + "\n"
                     + json.dumps(line)[:40])
     assert list(runs.read(file).values()) == [fresh]
-    for other in ('{"run": 1}', "5", json.dumps(line | {"method": "gone"})):
+    for other in ('{"run": 1}', "5", *(json.dumps(line | odd) for odd in (
+            {"method": "gone"}, {"variant": []}))):
         file.write_text(other + "\n")
         assert "another kind" in refused(capsys, "table", "--out", str(tmp_path))
 

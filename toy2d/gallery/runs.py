@@ -61,8 +61,9 @@ def read(file: Path) -> dict[tuple, dict]:
             line = json.loads(text)
         except ValueError:
             continue
-        ours = isinstance(line, dict) and line.keys() >= {*KEY, "version"}
-        if not (ours and line["method"] in METHODS):
+        ours = isinstance(line, dict) and "version" in line
+        if not (ours and [type(line.get(name)) for name in KEY] == [str, str, bool, int, int]
+                and line["method"] in METHODS):
             raise Refusal(f"{file} has lines of another kind: name another --out")
         lines[tuple(line[name] for name in KEY)] = line
     return lines
