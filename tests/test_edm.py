@@ -65,8 +65,13 @@ def test_resampling_filters_are_quarters_and_no_parameters_and_others_are_refuse
 
 
 @torch.no_grad()
-def test_d_agrees_with_the_original_in_float64(net, ref):
-    assert far(net.double()(ref["x"], ref["sigma"], ref["labels"]), ref["D64"]) <= 1e-9
+def test_d_agrees_with_the_original_in_float64_and_no_labels_are_labels_of_zeros(net, ref):
+    x, sigma = ref["x"], ref["sigma"]
+    net.double()
+    assert far(net(x, sigma, ref["labels"]), ref["D64"]) <= 1e-9
+    none = net(x, sigma)
+    assert far(none, ref["D_nolabel64"]) <= 1e-9
+    assert torch.equal(none, net(x, sigma, torch.zeros(4, 10)))
 
 
 @torch.no_grad()
@@ -76,13 +81,6 @@ def test_sigma_may_be_a_column_of_the_batch_or_one_number_for_all(net, ref):
     assert far(columns, ref["D64"]) <= 2e-5
     assert far(net(x, torch.tensor(5.0), labels), ref["D_sigma5"]) <= 2e-5
     assert far(net(x, torch.full((4, 1, 1, 1), 5.0), labels), ref["D_sigma5"]) <= 2e-5
-
-
-@torch.no_grad()
-def test_no_labels_are_labels_of_zeros(net, ref):
-    none = net.double()(ref["x"], ref["sigma"])
-    assert far(none, ref["D_nolabel64"]) <= 1e-9
-    assert torch.equal(none, net(ref["x"], ref["sigma"], torch.zeros(4, 10)))
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ def run(small_digits, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(edm, "heun", functools.partial(edm.heun, steps=3))
+        patch.setattr(problem.Evaluation, "of_halves", lambda self: 1.0)
         degrade.main([*DEGRADE, "--out", str(out)])
         backtrack.main([*BACKTRACK, "--out", str(out)])
     return out
