@@ -58,12 +58,19 @@ def test_a_run_without_a_model_writes_nothing(offline, tmp_path):
     assert [file.name for file in (tmp_path / "run").iterdir()] == [".disback.lock"]
 
 
-@pytest.mark.parametrize("file", [UNET, "model_index.json",
-                                  "scheduler/scheduler_config.json"])
-def test_a_folder_that_lacks_a_file_is_refused_naming_it(mine, file):
-    (mine / file).unlink()
-    line = refusal(make, problem, "tiny", model=str(mine))
-    assert file in line and str(mine) in line and "unet/config.json" not in line
+@pytest.mark.parametrize("name, spoil, cause", [
+    (UNET, None, "lacks"), ("model_index.json", None, "lacks"),
+    ("scheduler/scheduler_config.json", None, "lacks"), ("vae/config.json", lambda _: b"{}", "VAE"),
+    *((f"{part}/{stem}.safetensors", lambda whole: whole[:-100], "is broken: fetch it again")
+      for part, stem in layout.PARTS.items())])
+def test_a_file_that_is_missing_or_broken_is_named_before_anything_is_computed(
+        mine, name, spoil, cause):
+    whole = (mine / name).read_bytes()
+    (mine / name).unlink()
+    if spoil:
+        (mine / name).write_bytes(spoil(whole))
+    line = refusal(layout.find, str(mine), mine)
+    assert cause in line and name in line and str(mine) in line and "unet/config.json" not in line
 
 
 def test_a_model_that_is_not_sdxl_is_refused(mine):
@@ -84,19 +91,6 @@ def test_a_tokenizer_is_one_file_or_two_and_is_missed_before_anything_is_compute
     for name in ("tokenizer", "tokenizer_2"):
         (mine / name / "merges.txt").touch()
     assert layout.find(str(mine), mine) == mine
-
-
-@pytest.mark.parametrize("name", [
-    f"{part}/{stem}.safetensors" for part, stem in layout.PARTS.items()])
-def test_weights_that_were_cut_off_are_found_before_anything_is_computed(mine, name):
-    (mine / name).write_bytes((mine / name).read_bytes()[:-100])
-    line = refusal(layout.find, str(mine), mine)
-    assert f"{mine / name} is broken: fetch it again" in line
-
-
-def test_a_vae_of_no_size_is_found_before_anything_is_computed(mine):
-    (mine / "vae" / "config.json").write_text("{}")
-    assert "vae/config.json is no VAE's" in refusal(layout.find, str(mine), mine)
 
 
 @pytest.mark.parametrize("name", ["text_encoder/config.json", "tokenizer/tokenizer.json"])
