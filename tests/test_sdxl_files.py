@@ -138,25 +138,37 @@ def test_the_hub_is_never_asked_for_what_is_meant_as_a_place_here(tmp_path, monk
         assert (what or "runs/sdxl") in line and "--student" in line
 
 
-def test_the_hub_is_asked_for_a_name_of_the_hub_in_fp32_and_then_in_fp16(base, mine, monkeypatch):
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_the_hub_is_asked_for_what_is_read_and_no_more_in_fp32_and_then_in_fp16(
+        base, mine, monkeypatch, variant):
     """What it has is what huggingface's own filter lets through."""
     for part in KINDS:
-        rewritten(mine, part, variant="fp16")
-    asked = []
+        rewritten(mine, part, variant=variant)
+    needed = {str(file.relative_to(mine)) for file in mine.rglob("*") if file.is_file()}
+    needed |= {"tokenizer/vocab.json", "tokenizer_2/merges.txt"}
+    more = {"sd_xl_base_1.0.safetensors", "unet/model.onnx", "vae/diffusion_flax_model.msgpack",
+            "text_encoder_2/model.onnx_data", "vae_1_0/config.json"}
+    if not variant:
+        more |= {"unet/diffusion_pytorch_model.fp16.safetensors",
+                 "text_encoder/model.fp16.safetensors"}
+    for file in needed | more:
+        (mine / file).parent.mkdir(exist_ok=True)
+        (mine / file).touch()
+    asked, got = [], mine.parent / "got"
 
     def snapshot(name, allow_patterns):
         asked.append(name)
-        everything = [str(f.relative_to(mine)) for f in mine.rglob("*") if f.is_file()]
-        got = mine.parent / "got"
         for file in huggingface_hub.utils.filter_repo_objects(
-                everything, allow_patterns=allow_patterns):
+                needed | more, allow_patterns=allow_patterns):
             (got / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(mine / file, got / file)
         return got
 
     monkeypatch.setattr(layout, "snapshot_download", snapshot)
-    folder = layout.find("owner/name-1.0", mine)
-    assert asked == ["owner/name-1.0"] * 2 and layout.weights(folder, "vae")[1] == "fp16"
+    assert layout.find("owner/name-1.0", mine) == got
+    assert asked == ["owner/name-1.0"] * (2 if variant else 1)
+    assert {str(file.relative_to(got)) for file in got.rglob("*") if file.is_file()} == needed
+    assert layout.weights(got, "vae")[1] == variant
 
 
 @pytest.mark.parametrize("field, value", [
@@ -193,12 +205,17 @@ def test_embeddings_that_are_not_finite_are_not_kept(mine, tmp_path):
 
 
 @pytest.mark.parametrize("broken", [
-    {"text": torch.full((1, 77, 32), torch.nan), "pooled": torch.zeros(1, 16)},
+    None, {"text": torch.full((1, 77, 32), torch.nan), "pooled": torch.zeros(1, 16)},
     {"text": torch.zeros(2, 77, 32), "pooled": torch.zeros(1, 16)}, {"text": torch.zeros(1)}])
-def test_kept_embeddings_that_cannot_be_are_to_be_removed(base, tmp_path, broken):
-    text.embed(base, ["a dog"], tmp_path)
+def test_kept_embeddings_that_were_cut_off_or_cannot_be_are_to_be_removed(
+        base, mine, tmp_path, broken):
+    (mine / "tokenizer" / "folder").mkdir()  # is not read
+    text.embed(mine, ["a dog"], tmp_path)
     (file,) = tmp_path.glob("sdxl-text-*")
-    files.save_tensors(file, broken)
+    if broken:
+        files.save_tensors(file, broken)
+    else:
+        file.write_bytes(file.read_bytes()[:-100])
     assert f"{file} is broken: remove it" in refusal(text.embed, base, ["a dog"], tmp_path)
 
 

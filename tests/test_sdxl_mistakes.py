@@ -174,36 +174,12 @@ def test_the_cache_of_embeddings_knows_prompts_and_encoders(base, mine, tmp_path
     assert len(calls) == 3
 
 
-def test_a_cache_that_was_cut_off_is_to_be_removed_and_a_folder_beside_the_encoders_is_not_read(
-        base, mine, tmp_path):
-    (mine / "tokenizer" / "folder").mkdir()
-    text.embed(mine, ["a dog"], tmp_path)
-    (file,) = tmp_path.glob("sdxl-text-*")
-    file.write_bytes(file.read_bytes()[:-100])
-    assert f"{file} is broken: remove it" in refusal(text.embed, base, ["a dog"], tmp_path)
-
-
 def test_every_prompt_is_embedded_whatever_their_number(base, tmp_path):
     prompts = [f"{'q ' * i}dog" for i in range(17)]  # of which 16 are encoded at a time
     bank, alone = (text.embed(base, words, tmp_path) for words in (prompts, prompts[16:]))
     for name in ("text", "pooled"):
         assert len(bank[name]) == 17
         torch.testing.assert_close(bank[name][16:], alone[name])
-
-
-def test_the_hub_is_asked_for_what_is_read_and_no_more(base, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(layout, "snapshot_download", lambda name, allow_patterns: (
-        asked.append((name, allow_patterns)), base)[1])
-    assert layout.find("some/model", tmp_path) == base
-    ((name, patterns),) = asked
-    hub = ["sd_xl_base_1.0.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
-           "unet/model.onnx", "vae/diffusion_flax_model.msgpack", "vae_1_0/config.json",
-           "text_encoder/model.fp16.safetensors", "text_encoder_2/model.onnx_data"]
-    needed = [str(file.relative_to(base)) for file in base.rglob("*") if file.is_file()]
-    needed += ["tokenizer/vocab.json", "tokenizer_2/merges.txt"]
-    kept = huggingface_hub.utils.filter_repo_objects(hub + needed, allow_patterns=patterns)
-    assert name == "some/model" and sorted(kept) == sorted(needed)
 
 
 def test_the_shipped_prompts_are_200_different_ones_of_ascii():
