@@ -55,27 +55,23 @@ def test_the_full_network_has_the_released_names_shapes_and_types_in_order():
     assert sum(p.numel() for p in net.parameters()) == 295_899_267
 
 
-def test_every_resampling_filter_is_a_quarter_and_no_parameter(net):
+def test_resampling_filters_are_quarters_and_no_parameters_and_others_are_refused(net, tmp_path):
     buffers = dict(net.named_buffers())
     assert len(buffers) == 4 and all(name.endswith("resample_filter") for name in buffers)
     assert all(torch.equal(b, torch.full((1, 1, 2, 2), 0.25)) for b in buffers.values())
-
-
-def test_weights_with_another_resampling_filter_are_refused(net, tmp_path):
-    state = net.state_dict()
-    state["model.enc.8x8_down.skip.resample_filter"] = torch.full((1, 1, 2, 2), 0.2)
-    files.save_tensors(tmp_path / "net.safetensors", state)
+    other = {"model.enc.8x8_down.skip.resample_filter": torch.full((1, 1, 2, 2), 0.2)}
+    files.save_tensors(tmp_path / "net.safetensors", net.state_dict() | other)
     assert "resampling filter" in refusal(files.load_net, tmp_path / "net.safetensors", net)
 
 
 @torch.no_grad()
-def test_d_agrees_with_the_original_in_float32(net, ref):
-    assert far(net(ref["x"], ref["sigma"], ref["labels"]), ref["D64"]) <= 2e-5
-
-
-@torch.no_grad()
-def test_d_agrees_with_the_original_in_float64(net, ref):
-    assert far(net.double()(ref["x"], ref["sigma"], ref["labels"]), ref["D64"]) <= 1e-9
+def test_d_agrees_with_the_original_in_float64_and_no_labels_are_labels_of_zeros(net, ref):
+    x, sigma = ref["x"], ref["sigma"]
+    net.double()
+    assert far(net(x, sigma, ref["labels"]), ref["D64"]) <= 1e-9
+    none = net(x, sigma)
+    assert far(none, ref["D_nolabel64"]) <= 1e-9
+    assert torch.equal(none, net(x, sigma, torch.zeros(4, 10)))
 
 
 @torch.no_grad()
@@ -85,13 +81,6 @@ def test_sigma_may_be_a_column_of_the_batch_or_one_number_for_all(net, ref):
     assert far(columns, ref["D64"]) <= 2e-5
     assert far(net(x, torch.tensor(5.0), labels), ref["D_sigma5"]) <= 2e-5
     assert far(net(x, torch.full((4, 1, 1, 1), 5.0), labels), ref["D_sigma5"]) <= 2e-5
-
-
-@torch.no_grad()
-def test_no_labels_are_labels_of_zeros(net, ref):
-    none = net.double()(ref["x"], ref["sigma"])
-    assert far(none, ref["D_nolabel64"]) <= 1e-9
-    assert torch.equal(none, net(ref["x"], ref["sigma"], torch.zeros(4, 10)))
 
 
 @torch.no_grad()
@@ -119,11 +108,10 @@ def test_every_block_the_embedding_and_the_raw_output_agree_with_the_original(ne
     assert far(seen["F"], ref["F"]) <= 2e-5
 
 
-@pytest.mark.parametrize("heads", [1, 3])
-def test_attention_reads_heads_then_channels_then_q_k_v(heads):
+def test_attention_reads_heads_then_channels_then_q_k_v():
     """The tiny network has one head; this is the layout that the weights of several need."""
     torch.manual_seed(0)
-    n, c, side = 2, 64, 3
+    n, c, side, heads = 2, 64, 3, 3
     qkv = torch.randn(n, heads * c * 3, side, side, dtype=torch.float64)
     expected = torch.empty(n, heads * c, side**2, dtype=torch.float64)
     for head in range(heads):
@@ -132,17 +120,6 @@ def test_attention_reads_heads_then_channels_then_q_k_v(heads):
         weights = (q.transpose(1, 2) @ k / c**0.5).softmax(dim=2)
         expected[:, head * c:(head + 1) * c] = v @ weights.transpose(1, 2)
     assert far(edm.attention(qkv, heads).flatten(2), expected) <= 1e-12
-
-
-def test_attention_hands_the_fused_kernel_what_it_can_take(net, ref, monkeypatch):
-    """It falls back to pixels x pixels in float32 where a channel's neighbour is not beside it."""
-    asked, attend = [], F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention",
-                        lambda q, k, v: (asked.extend([q, k, v]), attend(q, k, v))[1])
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        net.to(memory_format=memory_format)(ref["x"].to(memory_format=memory_format), ref["sigma"])
-    assert len(asked) == 24
-    assert all(t.stride(3) == 1 and t.shape == (4, 1, 64, 64) for t in asked)
 
 
 def test_a_fresh_network_starts_as_edm_does():
@@ -185,13 +162,18 @@ def test_asked_for_bfloat16_the_network_is_in_it_and_the_preconditioning_is_not(
 
 
 @torch.no_grad()
-def test_in_channels_last_every_block_stays_so_and_d_is_the_same(net, ref):
-    seen, last = [], torch.channels_last
+def test_in_channels_last_every_block_stays_so_and_d_is_the_same(net, ref, monkeypatch):
+    """And attention gets each channel's neighbour beside it: it would fall back to pixels x pixels
+    in float32 otherwise."""
+    seen, asked, last, attend = [], [], torch.channels_last, F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda *qkv: (asked.extend(qkv), attend(*qkv))[1])
     net.to(memory_format=last)
     for block in (*net.model.enc.values(), *net.model.dec.values()):
         block.register_forward_hook(lambda _, args, out: seen.append(out))
     found = net(ref["x"].to(memory_format=last), ref["sigma"], ref["labels"])
     assert len(seen) == 11 and all(t.is_contiguous(memory_format=last) for t in (*seen, found))
+    assert asked and all(t.stride(3) == 1 and t.shape == (4, 1, 64, 64) for t in asked)
     assert far(found, ref["D64"]) <= 2e-5
 
 
@@ -265,20 +247,13 @@ def test_the_grid_of_noise_levels_is_the_originals(steps, ref):
 
 
 def test_heun_draws_the_originals_images_in_15_calls(net, ref):
-    calls = []
-
-    def counted(x, sigma, cond):
-        calls.append(sigma)
-        return net(x, sigma, cond)
-
-    images = edm.heun(counted, ref["sampler/latents"], ref["sampler/labels"], steps=8)
-    assert len(calls) == 15
-    assert images.dtype == torch.float64 and far(images, ref["sampler/images64"]) <= 1e-4
+    calls, net = [], net.double()
+    images = edm.heun(lambda x, sigma, cond: (calls.append(sigma), net(x, sigma, cond))[1],
+                      ref["sampler/latents"], ref["sampler/labels"], steps=8)
+    assert len(calls) == 15 and not images.requires_grad
+    assert images.dtype == torch.float64 and far(images, ref["sampler/images64"]) <= 1e-9
     found = edm.to_uint8(images).permute(0, 2, 3, 1)
     assert far(found.int(), ref["sampler/images_uint8"].int()) <= 1  # where a level is just met
-    images = edm.heun(net.double(), ref["sampler/latents"], ref["sampler/labels"], steps=8)
-    assert far(images, ref["sampler/images64"]) <= 1e-9
-    assert not images.requires_grad
 
 
 def test_heun_finds_the_flow_of_a_gaussian_from_end_to_end(gaussian):
