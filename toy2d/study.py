@@ -51,7 +51,7 @@ ARMS = {
     **{spacing: {"stage1": STAGE1 | {"spacing": spacing}} for spacing in ("linear", "log")},
     "adaptive": PATH | {"stage2": {"switch": "adaptive"}}}
 MAIN, ABLATION = list(ARMS)[:5], list(ARMS)[5:]
-RULES = ("log", "30 nodes", "interval 30", "linear", "adaptive")
+RULES = ("linear", "adaptive", "log", "30 nodes", "interval 30")
 CONFIRMED = ("vsd", "disback", "vsd k2")  # on seeds that no sentence was written from
 ABLATED, WATCHED = ("4D d8", "2D d8 eps"), ("default", "4D d8", "2D d8 eps")
 # Learning rates of student and fake: alike, and a faster fake.
@@ -63,13 +63,16 @@ CHEAP = tuple(cell for cell in CELLS if cell not in LONG)
 PLAN = [
     (("4D d8",), CONFIRMED, ALIKE[1:3], FRESH), (("2D d8 eps",), MAIN[:4], ALIKE[:3], SEEDS),
     (("4D d16", "2D d16"), CONFIRMED, ALIKE[1:4], SEEDS),
-    (("2D d8",), MAIN[:4], ALIKE[:3], SEEDS), (("2D d8 eps",), RULES, ALIKE[1:3], SEEDS),
-    (("default",), RULES[-2:], ALIKE[1:2], SEEDS),
-    (("4D d16", "2D d16"), RULES[-2:], ALIKE[1:4], SEEDS), (ABLATED, ABLATION, ALIKE[1:3], SEEDS),
+    (("2D d8",), MAIN[:4], ALIKE[:3], SEEDS), (("4D d8",), ABLATION, ALIKE[1:3], SEEDS),
+    (("4D d8",), RULES[:2], ALIKE[1:3], FRESH), (("2D d8 eps",), RULES, ALIKE[1:3], SEEDS),
+    (("default",), RULES[:2], ALIKE[1:2], SEEDS),
+    (("4D d16", "2D d16"), RULES[:2], ALIKE[1:4], SEEDS),
     (("4D d4", "2D d4", "2D d12"), MAIN[:2], ALIKE[1:4], SEEDS),
-    (("2D d8 eps",), CONFIRMED, ALIKE[1:3], FRESH),
+    (("2D d8 eps",), ABLATION, ALIKE[1:3], SEEDS),
+    (("16D d8",), (*MAIN[:2], "linear"), ALIKE[2:3], SEEDS),
     (("poor teacher", "Karras noise"), CONFIRMED, ALIKE[1:4], SEEDS),
-    (("16D d8", "16D d4", "16D d16"), MAIN[:2], ALIKE[2:3], SEEDS),
+    (("2D d8 eps",), CONFIRMED, ALIKE[1:3], FRESH),
+    (("16D d4", "16D d16"), MAIN[:2], ALIKE[2:3], SEEDS),
     (("default",), MAIN[:4], ALIKE[1:2], SEEDS), (("16D d0",), MAIN[:2], ALIKE[2:3], SEEDS),
     (CHEAP, MAIN[:4], ALIKE, SEEDS), (("default",), MAIN[:4], ALIKE[:3], SEEDS),
     (ABLATED, MAIN, ALIKE + FASTER, SEEDS)]
