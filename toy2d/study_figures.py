@@ -17,9 +17,9 @@ from toy2d.study_runs import SHARES
 
 ARRIVED, LEVEL = 0.5, 0.3  # SWD
 COLORS = {"vsd": OTHER, "disback": STUDENT, "degraded fake": TARGET, "vsd k2": "#2c8c5a",
-          "disback k2": "#5aa0dc"}
+          "disback k2": "#5aa0dc", "linear": "#c03070"}
 NAMES = {"vsd": "VSD", "disback": "DisBack", "degraded fake": "degraded fake alone",
-         "vsd k2": "VSD, k = 2", "disback k2": "DisBack, k = 2"}
+         "vsd k2": "VSD, k = 2", "disback k2": "DisBack, k = 2", "linear": "DisBack, linear"}
 ROWS = {"spread": "spread ÷ the data's", "bias": "fake's bias", "teacher": "teacher's error",
         "swd": "SWD"}  # of the mechanism
 
@@ -156,7 +156,7 @@ def draw_window(lines: Lines, cells: list[str]) -> plt.Figure:
         axis.minorticks_off()
         axis.grid(alpha=0.25)
     axes[0].set_ylabel(f"share of runs that end at SWD ≤ {ARRIVED}")
-    legend(figure, min(5, 1 + 2 * len(cells)))
+    legend(figure, min(6, 1 + 2 * len(cells)))
     return figure
 
 
@@ -180,7 +180,7 @@ def draw_mechanism(lines: Lines, cells: list[str]) -> plt.Figure:
         readable(column[-1])
         column[-1].set_xticks([0.01, 0.03, 0.1, 0.3, 1], ["1%", "3%", "10%", "30%", "100%"])
         column[-1].set_xlabel("of the budget, stage 1 included")
-    legend(figure, min(5, 1 + 2 * len(cells)))
+    legend(figure, min(6, 1 + 2 * len(cells)))
     return figure
 
 
@@ -194,7 +194,8 @@ def draw_band(axis: plt.Axes, runs: list[dict], name: str, arm: str) -> None:
 def draw_cost(lines: Lines, cells: list[str]) -> plt.Figure:
     """(c) Each arm's evaluations to LEVEL at its best rate over plain VSD's at its own."""
     figure, axis = plt.subplots(figsize=(8, 1.6 + 0.6 * len(cells)), layout="constrained")
-    for j, arm in enumerate(list(NAMES)[1:]):
+    arms = [arm for arm in NAMES if arm not in ("vsd", "linear")]  # linear has fewer rates
+    for j, arm in enumerate(arms):
         for i, cell in enumerate(cells):
             if found := ratio(lines, cell, arm):
                 middle, low, high = np.minimum(found, 3)
@@ -212,20 +213,34 @@ def draw_cost(lines: Lines, cells: list[str]) -> plt.Figure:
 
 
 def draw_ablations(lines: Lines, cells: list[str]) -> plt.Figure:
-    """(d) The share of runs that arrive, of all rates that the controls have together."""
-    controls = {key[1] for key in lines if key[0] in cells} - NAMES.keys()
-    arms = [*NAMES, *sorted(controls)]
-    figure, axes = panels(len(cells), 0.32 * len(arms))
-    for axis, cell in zip(axes, cells):
-        for i, arm in enumerate(arms):
-            if runs := pooled(lines, cell, arm, rates_of(lines, cell, "forward")):
-                share, low, high = arrived(runs)
-                axis.errorbar(share, i, xerr=[[share - low], [high - share]], marker="o",
-                              color=COLORS.get(arm, "#606060"), capsize=3)
-        axis.set_yticks(range(len(arms)), [NAMES.get(arm, arm) for arm in arms])
-        axis.set(title=cell, xlabel=f"share of runs that end at SWD ≤ {ARRIVED}", xlim=(0, 1.03))
-        axis.grid(alpha=0.25)
-    axes[0].invert_yaxis()
+    """(d) Other walks, at the rates that they have: the share of runs that arrive; and the
+    evaluations to LEVEL over those of the default walk, paired by seed."""
+    arms = [*NAMES, *sorted({key[1] for key in lines if key[0] in cells} - NAMES.keys())]
+    figure, axes = plt.subplots(len(cells), 2, figsize=(9, 1 + 0.3 * len(arms) * len(cells)),
+                                sharex="col", squeeze=False, layout="constrained")
+    for (left, right), cell in zip(axes, cells):
+        for j, rates in enumerate(rates_of(lines, cell, "forward")):
+            theirs = {seed: cost(run) for seed, run in of(lines, cell, "disback", rates).items()}
+            for i, arm in enumerate(arms):
+                if runs := of(lines, cell, arm, rates):
+                    ours = {seed: cost(run) for seed, run in runs.items()}
+                    for axis, found in ((left, arrived([*runs.values()])),
+                                        (right, np.minimum(paired(ours, theirs), 3))):
+                        axis.errorbar(found[0], i + 0.3 * j - 0.15, capsize=2, marker="o",
+                                      markersize=4, color=(STUDENT, TARGET)[j], xerr=[
+                                          [found[0] - found[1]], [found[2] - found[0]]],
+                                      label=f"rates {rates[0]:g}")
+        left.set(ylabel=cell, xlim=(0, 1.03), yticks=range(len(arms)))
+        left.set_yticklabels([NAMES.get(arm, arm) for arm in arms])
+        right.set(xlim=(0, 3.05), yticks=range(len(arms)), yticklabels=[])
+        for axis in (left, right):
+            axis.set_ylim(len(arms) - 0.5, -0.5)
+            axis.grid(alpha=0.25)
+    right.axvline(1, color=DATA)
+    left.set_xlabel(f"share of runs that end at SWD ≤ {ARRIVED}")
+    right.set_xlabel(f"evaluations to SWD {LEVEL} ÷ DisBack's (3: or more)")
+    marks = dict(zip(*reversed(left.get_legend_handles_labels())))
+    figure.legend(marks.values(), marks, loc="outside upper center", ncols=2)
     return figure
 
 
