@@ -144,7 +144,7 @@ def draw_window(lines: Lines, cells: list[str]) -> plt.Figure:
         for i, arm in enumerate(NAMES):
             alike = [rates for rates in rates_of(lines, cell, arm) if rates[0] == rates[1]]
             if alike:
-                at = [rates[0] * 1.05**(i - 1) for rates in alike]  # beside each other
+                at = [rates[0] * 1.04**(i - 2) for rates in alike]  # beside each other
                 middle, low, high = np.transpose([arrived(pooled(lines, cell, arm, [rates]))
                                                   for rates in alike])
                 axis.errorbar(at, middle, [middle - low, high - middle], color=COLORS[arm],
@@ -233,10 +233,10 @@ def draw_ablations(lines: Lines, cells: list[str]) -> plt.Figure:
         left.set(ylabel=cell, xlim=(0, 1.03), yticks=range(len(arms)))
         left.set_yticklabels([NAMES.get(arm, arm) for arm in arms])
         right.set(xlim=(0, 3.05), yticks=range(len(arms)), yticklabels=[])
+        right.axvline(1, color=DATA)
         for axis in (left, right):
             axis.set_ylim(len(arms) - 0.5, -0.5)
             axis.grid(alpha=0.25)
-    right.axvline(1, color=DATA)
     left.set_xlabel(f"share of runs that end at SWD ≤ {ARRIVED}")
     right.set_xlabel(f"evaluations to SWD {LEVEL} ÷ DisBack's (3: or more)")
     marks = dict(zip(*reversed(left.get_legend_handles_labels())))
