@@ -54,6 +54,14 @@ def test_the_distance_is_the_one_by_scipys_root_of_the_product(seed):
                                                                            rel=1e-9)
 
 
+def test_the_distance_of_independent_gaussians_is_that_of_their_means_and_deviations():
+    std1, std2 = randn(30).abs(), torch.cat([randn(20, seed=1).abs(), torch.zeros(10)])
+    mean1, mean2 = randn(2, 30, seed=2)
+    expected = (mean1 - mean2).square().sum() + (std1 - std2).square().sum()
+    found = fid.frechet_distance(mean1, std1.square().diag(), mean2, std2.square().diag())
+    assert found == pytest.approx(expected.item(), rel=1e-12)
+
+
 def test_the_distance_of_two_singular_covariances_keeps_all_its_digits():
     """tr sqrt(A A^T B B^T) is the sum of the singular values of A^T B, 64 x 10 and 64 x 20."""
     a, b = 10 * randn(64, 10), 10 * randn(64, 20, seed=1)

@@ -4,13 +4,15 @@ import json
 import logging
 import shutil
 import stat
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
-from conftest import make, refusal
+from conftest import ROOT, make, refusal
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -306,6 +308,13 @@ def test_a_dry_run_says_whose_numbers_it_prints_and_heeds_the_size_of_any_model(
     monkeypatch.setattr(memory, "BASE", json.loads((mine / "unet/config.json").read_text()))
     assert "no/such/place is no folder here; these are SDXL base's" in problem.dry_run(
         replace(settings.FULL, model="no/such/place", nodes=3))
+
+
+def test_the_settings_are_there_without_the_libraries_that_take_seconds_to_load():
+    """In a process of its own: this one has loaded them."""
+    code = ("import sys, sdxl.problem\n"
+            "assert not {'diffusers', 'transformers'} & {*sys.modules}")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["transformers.utils.import_utils", "diffusers.schedulers",
