@@ -54,7 +54,7 @@ def test_runs_advanced_together_are_those_of_the_stages(arm, tmp_path, no_figure
     assert together["final"]["swd"][0] != pytest.approx(together["final"]["swd"][1], rel=1e-2)
 
 
-@pytest.mark.parametrize("control", ["forward", "interpolated"])
+@pytest.mark.parametrize("control", ["forward", "interpolated", "wait"])
 def test_a_control_changes_the_nodes_between_the_ends_alone(control, tmp_path):
     flags = CELL["both"] | STAGE1
     study_runs.record(tmp_path / "as it was", flags, None)
@@ -63,7 +63,8 @@ def test_a_control_changes_the_nodes_between_the_ends_alone(control, tmp_path):
                  disback.DegradationPath(tmp_path / name / "path").files]
                 for name in ("as it was", "changed"))
     expected = {"forward": [old[i] for i in (0, 3, 2, 1, 4)],
-                "interpolated": [old[0] + i / 4 * (old[4] - old[0]) for i in range(5)]}[control]
+                "interpolated": [old[0] + i / 4 * (old[4] - old[0]) for i in range(5)],
+                "wait": [old[0], old[4], old[4], old[4], old[4]]}[control]
     assert len(new) == 5 and not torch.equal(new[1], old[1])
     for weight, right in zip(new, expected):
         torch.testing.assert_close(weight, right)

@@ -181,7 +181,8 @@ def record(out: Path, flags: dict, control: str | None) -> float:
     """Stage 1, and what a control makes of its path; the evaluations that it took.
 
     "forward": the nodes between the ends in the other order. "interpolated": they lie on the
-    straight line in weight space, at equal distances."""
+    straight line in weight space, at equal distances. "wait": all of them are the last node, at
+    which the student stays until the target is the teacher."""
     degrade.main(["toy2d", "--out", str(out), *words(flags)])
     path = disback.DegradationPath(out / "path")
     nodes = [load_file(file) for file in path.files]
@@ -191,6 +192,8 @@ def record(out: Path, flags: dict, control: str | None) -> float:
     if control == "interpolated":
         nodes[1:last] = [{name: torch.lerp(nodes[0][name], nodes[last][name], i / last)
                           for name in nodes[0]} for i in range(1, last)]
+    if control == "wait":
+        nodes[1:last] = [nodes[last]] * (last - 1)
     for file, weights in zip(path.files, nodes):
         files.save_tensors(file, weights)
     return path.about["network_evals"]
