@@ -12,7 +12,17 @@ import numpy as np
 
 from runtime import files
 from runtime.plots import DATA, OTHER, STUDENT, TARGET, plt, readable, save
-from runtime.study import Lines, first_reach, median_interval, of, paired, pooled, rates_of, wilson
+from runtime.study import (
+    Lines,
+    Rates,
+    first_reach,
+    median_interval,
+    of,
+    paired,
+    pooled,
+    rates_of,
+    wilson,
+)
 from toy2d.study_runs import SHARES
 
 ARRIVED, LEVEL = 0.5, 0.3  # SWD
@@ -38,6 +48,12 @@ def common(lines: Lines, cell: str) -> list[tuple]:
     """The rates that VSD and DisBack have both."""
     disback = rates_of(lines, cell, "disback")
     return [rates for rates in rates_of(lines, cell, "vsd") if rates in disback]
+
+
+def order(cell: str) -> tuple:
+    """Cells by dimensions and distance, then the others by name."""
+    numbers = [int(part) for part in cell.replace("D d", " ").split() if part.isdigit()]
+    return (numbers or [math.inf], cell)
 
 
 def seeds_of(lines: Lines, cell: str) -> int:
@@ -96,7 +112,7 @@ def draw(out: Path, lines: Lines, fresh: tuple[int, ...]) -> None:
     """Write summary.json and the figures to `out`; what has no lines yet is left out."""
     write_summary(out / "summary.json", lines, fresh)
     judged = {key: lines[key] for key in sorted(lines) if key[2] not in fresh}
-    both = [cell for cell in dict.fromkeys(key[0] for key in judged) if common(judged, cell)]
+    both = sorted((cell for cell in {key[0] for key in judged} if common(judged, cell)), key=order)
     figures = {
         "window": (draw_window, [cell for cell in both if len(common(judged, cell)) > 1]),
         "mechanism": (draw_mechanism, [cell for cell in both if "bias" in pooled(
@@ -138,19 +154,17 @@ def legend(figure: plt.Figure, columns: int) -> None:
 
 
 def draw_window(lines: Lines, cells: list[str]) -> plt.Figure:
-    """(a) The share of runs that arrive, over the learning rate."""
+    """(a) The share of runs that arrive, over the learning rate. Hollow: the fake's is twice it."""
     figure, axes = panels(len(cells))
     for axis, cell in zip(axes, cells):
         for i, arm in enumerate(NAMES):
-            alike = [rates for rates in rates_of(lines, cell, arm) if rates[0] == rates[1]]
-            if alike:
-                at = [rates[0] * 1.04**(i - 2) for rates in alike]  # beside each other
-                middle, low, high = np.transpose([arrived(pooled(lines, cell, arm, [rates]))
-                                                  for rates in alike])
-                axis.errorbar(at, middle, [middle - low, high - middle], color=COLORS[arm],
-                              capsize=3, marker="o", label=NAMES[arm])
+            shift, pairs = 1.04**(i - 2), rates_of(lines, cell, arm)  # beside each other
+            draw_shares(axis, lines, cell, arm, [one for one in pairs if one[0] == one[1]], shift,
+                        marker="o", label=NAMES[arm])
+            draw_shares(axis, lines, cell, arm, [one for one in pairs if one[0] < one[1]], shift,
+                        marker="s", markerfacecolor="white", linestyle="none")
         axis.set(title=f"{cell}: {seeds_of(lines, cell)} seeds", xscale="log", ylim=(-0.03, 1.03),
-                 xlabel="learning rate of student and fake")
+                 xlabel="learning rate of the student")
         ticks = sorted({key[3][0] for key in lines if key[0] == cell})
         axis.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
         axis.minorticks_off()
@@ -158,6 +172,15 @@ def draw_window(lines: Lines, cells: list[str]) -> plt.Figure:
     axes[0].set_ylabel(f"share of runs that end at SWD ≤ {ARRIVED}")
     legend(figure, min(6, 1 + 2 * len(cells)))
     return figure
+
+
+def draw_shares(axis: plt.Axes, lines: Lines, cell: str, arm: str, pairs: list[Rates],
+                shift: float, **style: object) -> None:
+    if pairs:
+        middle, low, high = np.transpose([arrived(pooled(lines, cell, arm, [rates]))
+                                          for rates in pairs])
+        axis.errorbar([rates[0] * shift for rates in pairs], middle, [middle - low, high - middle],
+                      color=COLORS[arm], capsize=3, **style)
 
 
 def draw_mechanism(lines: Lines, cells: list[str]) -> plt.Figure:
