@@ -190,7 +190,7 @@ def test_three_digits_are_kept_and_a_run_that_diverged_has_none_and_never_arrive
     kept = statistics.rounded({"swd": [[0.123456, 1234.5], [math.nan, math.inf]], "steps": 1000})
     assert kept == {"swd": [[0.123, 1230.0], [None, None]], "steps": 1000}
     (run,) = runs(line(rates=study.ALIKE[:1], swd=None)).values()
-    assert study_figures.end(run) == math.inf == study_figures.cost(run)
+    assert study_figures.end(run) == math.inf == study_figures.cost("4D d8", run)
     assert study_figures.arrived([run])[0] == 0
 
 
@@ -215,7 +215,11 @@ def test_a_cost_counts_stage_1_and_is_of_the_rate_that_the_other_seeds_choose():
     costs = study_figures.costs(found, "4D d8", "vsd")
     assert costs == {seed: math.inf for seed in range(4)}
     (run,) = runs(line(rates=(slow,), swd=0.3, stage1=0.5)).values()
-    assert study_figures.cost(run) == pytest.approx(0.5 + 0.5 * study_runs.SHARES[4])
+    reached = 0.5 + 0.5 * study_runs.SHARES[4]
+    assert study_figures.cost("4D d8", run) == pytest.approx(reached)
+    (run,) = runs(line(rates=(slow,), swd=0.5, stage1=0.5)).values()
+    assert study_figures.cost("16D d8", run) == pytest.approx(reached)
+    assert study_figures.cost("4D d8", run) == math.inf
 
 
 def test_a_ratio_is_paired_by_seed():
