@@ -348,14 +348,14 @@ def test_after_a_switch_the_targets_weights_are_the_nodes(run, tiny):
     first = load_file(run / "path" / "00.safetensors")
     net, path = copy.deepcopy(tiny.teacher), disback.DegradationPath(
         run / "path", model.add_difference)
-    addresses = [weight.data_ptr() for weight in net.parameters()]
+    held = [*net.parameters()]
     for node in (2, 1, 0):
         path.load(node, net)
         added = load_file(path.files[node]) if node else {}
         for name, weight in net.state_dict().items():
             expected = first[name] + added["minus_teacher." + name].float() if node else first[name]
             assert torch.equal(weight, expected), name
-    assert addresses == [weight.data_ptr() for weight in net.parameters()]  # in place
+    assert all(old is new for old, new in zip(held, net.parameters()))  # in place
 
 
 def test_a_disk_without_room_for_the_path_is_refused_before_anything_is_written(
