@@ -1,10 +1,12 @@
 import dataclasses
+import json
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 ROOT = Path(__file__).parent.parent
@@ -13,9 +15,11 @@ torch.set_num_threads(1)  # tiny networks: threads cost more than they give
 
 import disback  # noqa: E402
 from runtime import command  # noqa: E402
+from runtime.study import words  # noqa: E402
 
 # A toy that both stages finish in a second; the flags of either stage.
-SMALL = ["--width", "16", "--depth", "1", "--teacher-steps", "60", "--teacher-batch", "64"]
+TINY = dict(width=16, depth=1, teacher_steps=60, teacher_batch=64)
+SMALL = words(TINY)
 DEGRADE = [*SMALL, "--batch", "64", "--steps", "20", "--nodes", "4", "--log-every", "10"]
 BACKTRACK = [*SMALL, "--batch", "64", "--steps", "20", "--interval", "2", "--log-every", "10",
              "--save-every", "8"]
@@ -23,9 +27,12 @@ BACKTRACK = [*SMALL, "--batch", "64", "--steps", "20", "--interval", "2", "--log
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """One cache of teachers for all tests, and none of the user's."""
+    """One cache of teachers for all tests, and none of the user's; metrics of fewer samples."""
+    from toy2d import metrics
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISBACK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(metrics.Evaluation, "samples", 1000)
         yield
 
 
@@ -123,6 +130,33 @@ def refused(capsys, monkeypatch):
     return run
 
 
+def same(*weights):
+    """Whether two dicts or files of weights, or the students of two runs, have the same bits."""
+    files = [held / "student.safetensors" if isinstance(held, Path) and held.is_dir() else held
+             for held in weights]
+    one, other = (held if isinstance(held, dict) else load_file(held) for held in files)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def read(file):
+    """What a JSON file holds, or each of the lines of a log."""
+    if file.suffix == ".jsonl":
+        return [json.loads(line) for line in file.read_text().splitlines()]
+    return json.loads(file.read_text())
+
+
+def edit(file, **changes):
+    """Change entries of a JSON file, and drop those that become `...`."""
+    held = read(file) | changes
+    file.write_text(json.dumps({name: value for name, value in held.items() if value is not ...}))
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """The refusal that is tested must come before a teacher of the toy is trained."""
+    monkeypatch.setattr("toy2d.problem.trained_teacher", lambda *_: pytest.fail("trained"))
+
+
 def make(problem, preset=None, seed=0, device="cpu", **changes):
     """A problem as its module makes it, of a preset, the first one by default, and changes."""
     config = problem.PRESETS[preset] if preset else next(iter(problem.PRESETS.values()))
@@ -143,28 +177,23 @@ def before_updates():
         handle.remove()
 
 
-@pytest.fixture(scope="session")
-def forwards():
-    """forwards(kinds, batch, main, argv): the forwards of one sample that a stage makes of networks
-    of these kinds at its own batch; a backward through the weights counts 2."""
+def forwards(kinds, batch, main, argv):
+    """The forwards of one sample that a stage makes of networks of these kinds at its own batch; a
+    backward through the weights counts 2."""
+    total = 0
 
-    def run(kinds, batch, main, argv):
-        total = 0
+    def count(net, inputs, output):
+        nonlocal total
+        made = output if isinstance(output, torch.Tensor) else output[0]
+        if isinstance(net, kinds) and len(made) in batch:
+            total += len(made) * (3 if made.requires_grad else 1)
 
-        def count(net, inputs, output):
-            nonlocal total
-            made = output if isinstance(output, torch.Tensor) else output[0]
-            if isinstance(net, kinds) and len(made) in batch:
-                total += len(made) * (3 if made.requires_grad else 1)
-
-        hook = torch.nn.modules.module.register_module_forward_hook(count)
-        try:
-            main([str(word) for word in argv])
-        finally:
-            hook.remove()
-        return total
-
-    return run
+    hook = torch.nn.modules.module.register_module_forward_hook(count)
+    try:
+        main([str(word) for word in argv])
+    finally:
+        hook.remove()
+    return total
 
 
 @pytest.fixture

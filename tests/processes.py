@@ -25,7 +25,10 @@ def execute(code, environment, said):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run behind
     import torch
 
+    from toy2d import metrics
+
     torch.set_num_threads(1)
+    metrics.Evaluation.samples = 1000  # as in conftest.py
     exec(code, {"__name__": "__main__"})
 
 

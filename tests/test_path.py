@@ -79,13 +79,14 @@ def test_node_zero_is_the_teacher_and_nodes_do_not_alias_the_network_that_moves_
 
 
 def test_switching_keeps_the_targets_own_storage(tmp_path):
-    """A compiled target must not see new tensors, nor memory a second copy."""
+    """A compiled target must not see new tensors, nor memory a second copy. The old tensor is held
+    here, so that no other can be given its address."""
     path, _ = record(tmp_path)
     target = Shift()
-    where = target.shift.data_ptr()
+    shift, where = target.shift, target.shift.data_ptr()
     walk = disback.PathScheduler(path, target, interval=1)
     walk.step()
-    assert target.shift.data_ptr() == where
+    assert target.shift is shift and shift.data_ptr() == where
 
 
 def test_without_a_path_the_walk_is_plain_vsd():

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 import re
 import shutil
 import warnings
@@ -14,7 +13,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make, refusal
+from conftest import ROOT, edit, forwards, make, read, refusal, same
 from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -52,11 +51,11 @@ def tiny():
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory, forwards):
+def watched(tmp_path_factory):
     """A finished run of both stages, and what was seen of it: each stage's forwards, the norms of
-    its gradients, and the sheets of its figures."""
-    out, norms, sheets = tmp_path_factory.mktemp("run"), [], {}
-    argv, sheet = ["sdxl", "--out", out], figures.sheet
+    its gradients, the sheets of its figures, and the teacher after they were drawn."""
+    out, norms, sheets, teachers = tmp_path_factory.mktemp("run"), [], {}, []
+    argv, sheet, draw = ["sdxl", "--out", out], figures.sheet, figures.draw
 
     def look(adam, *_):
         weights = [weight for group in adam.param_groups for weight in group["params"]]
@@ -66,13 +65,19 @@ def watched(tmp_path_factory, forwards):
         sheets[file.name] = rows, prompts
         sheet(file, title, rows, prompts)
 
+    def drawn(out, path, compare, vae, teacher, *rest):
+        draw(out, path, compare, vae, teacher, *rest)
+        teachers.append(copy.deepcopy(teacher.state_dict()))
+
     hook, batch = register_optimizer_step_post_hook(look), (2, 4)  # guided, it is twice the batch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "sheet", note)
+        patch.setattr(figures, "draw", drawn)
         evals = [forwards(UNet2DConditionModel, batch, stage.main, [*argv, *flags]) for stage, flags
                  in ((degrade, [*SMALL, "--steps", 4, "--nodes", 2]), (backtrack, BACKTRACK))]
     hook.remove()
-    return SimpleNamespace(out=out, evals=evals, norms=norms, sheets=sheets)
+    return SimpleNamespace(out=out, evals=evals, norms=norms, sheets=sheets,
+                           teachers=teachers)
 
 
 @pytest.fixture(scope="module")
@@ -205,16 +210,6 @@ def test_embeddings_are_those_of_diffusers_pipeline(base, pipe, tmp_path):
     assert all(tensor.device.type == "meta" for tensor in kept.values())
 
 
-def test_the_tiny_encoder_pools_at_the_end_of_the_prompt_as_the_real_one_does(pipe):
-    ids = pipe.tokenizer_2(["A photo of a dog."], padding="max_length",
-                           return_tensors="pt").input_ids
-    with torch.no_grad():
-        made = pipe.text_encoder_2(ids)
-        end = ids[0].tolist().index(pipe.tokenizer_2.eos_token_id)
-        expected = pipe.text_encoder_2.text_projection(made.last_hidden_state[:, end])
-    torch.testing.assert_close(made.text_embeds, expected)
-
-
 def test_a_weight_of_one_over_sigma_squared_is_the_loss_of_the_predicted_noise(tiny):
     z, cond = tiny.sample_inputs(2)
     x0, sigma = z, tiny.sample_sigma(2)
@@ -245,21 +240,24 @@ def test_noise_levels_are_those_of_the_recipe(tiny):
 
 
 def test_both_stages_run_and_the_target_ends_as_the_teacher(run, base):
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = read(run / "metrics.json")
     assert metrics["problem"] == "sdxl" and metrics["preset"] == "tiny" and metrics["node"] == 0
     assert metrics["method"] == "disback" and metrics["latent_std"] > 0
     theirs = UNet2DConditionModel.from_pretrained(base, subfolder="unet").state_dict()
-    node_0 = load_file(run / "path" / "00.safetensors")
-    assert node_0.keys() == {f"unet.{name}" for name in theirs}
-    assert all(torch.equal(node_0[f"unet.{name}"], value) for name, value in theirs.items())
+    assert same(run / "path" / "00.safetensors", {f"unet.{k}": w for k, w in theirs.items()})
     assert sorted(f.name for f in (run / "figures").iterdir()) == [
         "mismatch.png", "path.png", "student.png"]
+
+
+def test_the_teacher_is_itself_again_once_the_figures_have_drawn_every_node(watched):
+    (teacher,) = watched.teachers
+    assert same(teacher, watched.out / "path" / "00.safetensors")
 
 
 def test_network_evals_are_the_forwards_and_backwards_that_are_made(watched):
     """The target is guided, which costs a forward more: 4k + 5 for each of 2 samples, 3 times."""
     stage1, stage2 = watched.evals
-    assert json.loads((watched.out / "metrics.json").read_text())["network_evals"] == {
+    assert read(watched.out / "metrics.json")["network_evals"] == {
         "stage1": stage1, "stage2": stage2, "total": stage1 + stage2}
     assert stage2 == 13 * 2 * 3
 
@@ -308,8 +306,7 @@ def test_a_run_that_is_cut_off_resumes_to_the_same_bits(run, tmp_path, no_figure
     argv = ["sdxl", "--out", str(tmp_path), *BACKTRACK]
     cut_off(2 * 3 + 2, backtrack.main, argv)
     backtrack.main([*argv, "--resume"])
-    whole, resumed = (load_file(out / "student.safetensors") for out in (run, tmp_path))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert same(run, tmp_path)
 
 
 @pytest.mark.parametrize("clip, left", [(0.5, [0.3, 0.4]), (10.0, [3.0, 4.0])])
@@ -348,14 +345,14 @@ def test_after_a_switch_the_targets_weights_are_the_nodes(run, tiny):
     first = load_file(run / "path" / "00.safetensors")
     net, path = copy.deepcopy(tiny.teacher), disback.DegradationPath(
         run / "path", model.add_difference)
-    addresses = [weight.data_ptr() for weight in net.parameters()]
+    held = [*net.parameters()]
     for node in (2, 1, 0):
         path.load(node, net)
         added = load_file(path.files[node]) if node else {}
         for name, weight in net.state_dict().items():
             expected = first[name] + added["minus_teacher." + name].float() if node else first[name]
             assert torch.equal(weight, expected), name
-    assert addresses == [weight.data_ptr() for weight in net.parameters()]  # in place
+    assert all(old is new for old, new in zip(held, net.parameters()))  # in place
 
 
 def test_a_disk_without_room_for_the_path_is_refused_before_anything_is_written(
@@ -375,19 +372,16 @@ def test_a_disk_without_room_for_the_path_is_refused_before_anything_is_written(
 
 
 def test_the_student_is_saved_in_two_forms_that_load_to_the_same_bits(run, base):
-    held = load_file(run / "student.safetensors")
     one = UNet2DConditionModel.from_pretrained(run / "student" / "unet")
     other = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base / "unet"))
     other.load_state_dict(torch.load(run / "student" / generate.WEIGHTS, weights_only=True))
     for unet in (one, other):
-        state = unet.state_dict()
-        assert held.keys() == {f"unet.{name}" for name in state}
-        assert all(torch.equal(held[f"unet.{name}"], value) for name, value in state.items())
+        assert same(run, {f"unet.{name}": value for name, value in unet.state_dict().items()})
     theirs = UNet2DConditionModel.load_config(base / "unet")
     assert {**one.config, "_name_or_path": None} == {**theirs, "_name_or_path": None}
-    about = json.loads((run / "student" / "disback.json").read_text())
+    about = read(run / "student" / "disback.json")
     assert about == {"base": "", "timestep": 399, "size": 32}
-    scheduler = json.loads((run / "student" / "scheduler" / "scheduler_config.json").read_text())
+    scheduler = read(run / "student" / "scheduler" / "scheduler_config.json")
     assert scheduler["_class_name"] == "LCMScheduler" and scheduler["beta_end"] == 0.012
 
 
@@ -403,8 +397,7 @@ def test_the_student_of_any_size_is_saved_as_one_file(run, base, tmp_path, monke
 
 def test_a_student_of_a_local_model_keeps_every_path_to_its_run(mine, tmp_path, no_figures):
     """The folder that goes to the hub has none, nor a file of a name that is one."""
-    config = mine / "unet" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"_name_or_path": str(mine)}))
+    edit(mine / "unet" / "config.json", _name_or_path=str(mine))
     made = make(problem, "tiny", model=str(mine))
     files.save_tensors(tmp_path / "run" / "student.safetensors", made.student.state_dict())
     made.draw(tmp_path / "run", None, None)
@@ -506,7 +499,7 @@ def test_a_student_that_is_the_teacher_generates_what_the_teacher_would(base, tm
     pipe, about = generate.load(str(file), str(base))
     assert about == {"base": generate.BASE, "timestep": 399, "size": 32}
     teacher = model.load(base)[0].half().float().state_dict()
-    assert all(torch.equal(teacher[k], value) for k, value in pipe.unet.state_dict().items())
+    assert same(pipe.unet.state_dict(), teacher)
 
 
 # ------------------------------------------------------------------------------------- figures
