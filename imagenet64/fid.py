@@ -89,9 +89,7 @@ def restore(file: Path, dim: int, about: dict) -> tuple[Statistics, list[float]]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m imagenet64.fid", description=__doc__,
-                                     allow_abbrev=False)
-    parser.error = command.refuse
+    parser = command.parser("python -m imagenet64.fid", __doc__)
     sample.add_source(parser)
     parser.add_argument("--images", type=int, help="of a block (50000; of an .npz: all it holds)")
     parser.add_argument("--blocks", type=int, help="measured apart (3; of an .npz: 1)")

@@ -7,7 +7,6 @@ other is refused. Storages, pickles of torch.save's, are read by torch.load(weig
 file that was made for it may still fill the memory.
 """
 
-import argparse
 import io
 import math
 import pickle
@@ -131,8 +130,7 @@ def collect(module: Held, prefix: str, tensors: dict) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("python -m imagenet64.pickles", description=__doc__)
-    parser.error = command.refuse
+    parser = command.parser("python -m imagenet64.pickles", __doc__)
     parser.add_argument("source", metavar="IN.pkl", help="a checkpoint as EDM releases them")
     parser.add_argument("target", metavar="OUT.safetensors", help="its weights")
     args = parser.parse_args(argv)

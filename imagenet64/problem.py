@@ -23,8 +23,7 @@ from runtime.interface import setting
 class Config(interface.Config):
     """The settings that images have beside those of every problem."""
 
-    images: Literal["digits", "imagenet"] = setting(
-        "digits", "the preset's data, and network", flag=False)
+    images: Literal["digits", "imagenet"] = setting("digits", "the preset's data", stage="none")
     start: Literal["teacher", "untrained"] = setting("teacher", "the student's first weights")
     start_sigma: float = setting(80.0, "the noise level at which the student generates")
     sigma_vsd: Literal["lognormal", "karras"] = setting(

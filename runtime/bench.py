@@ -215,9 +215,8 @@ def profile(bench: Bench, argv: Sequence[str], most: int = 15) -> None:
 
 def main(bench: Bench, every: int, argv: Sequence[str]) -> None:
     """Print the table of a problem, or a profile."""
-    parser = argparse.ArgumentParser(f"python -m {bench.name}.bench", allow_abbrev=False, epilog=(
-        f"All other flags are those of backtrack.py {bench.name}."))
-    parser.error = command.refuse
+    parser = command.parser(f"python -m {bench.name}.bench", "",
+                            epilog=f"All other flags are those of backtrack.py {bench.name}.")
     parser.add_argument("--batch", type=int, nargs="+", help="a column each; default: preset's")
     parser.add_argument("--fake-updates", type=int, nargs="+", help="columns as well")
     parser.add_argument("--iterations", type=int, default=every,
