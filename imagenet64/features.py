@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import disback
-from imagenet64 import digits, download
+from imagenet64 import digits, download, frechet
 from imagenet64.edm import to_uint8
 from runtime import files
 
@@ -43,8 +43,7 @@ def of_digits(device: str) -> tuple[Extractor, tuple[Tensor, Tensor]]:
     extractor = Extractor((1, 8, 8), lambda x: net.features(x.to(device) / 127.5 - 1),
                           {"features_sha256": hashlib.sha256(weights).hexdigest(),
                            "reference_sha256": files.sha256(digits.FILE)})
-    features = extractor(to_uint8(digits.load()[0])).cpu().double()
-    return extractor, (features.mean(dim=0), features.T.cov())
+    return extractor, frechet.statistics(extractor(to_uint8(digits.load()[0])))
 
 
 def of_inception(inception: Path, reference: Path,

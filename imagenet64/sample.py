@@ -24,9 +24,7 @@ Images = Callable[[range], Iterable[tuple[Tensor, Tensor]]]  # seeds -> uint8 [n
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("python -m imagenet64.sample", description=__doc__,
-                                     allow_abbrev=False)
-    parser.error = command.refuse
+    parser = command.parser("python -m imagenet64.sample", __doc__)
     add_source(parser)
     parser.add_argument("--images", type=int, default=40, help="how many (40)")
     parser.add_argument("--seed", type=int, default=0, help="of the first image (0)")

@@ -7,36 +7,24 @@ work should run on the machine meanwhile.
 """
 
 import argparse
-import copy
 import dataclasses
 import gc
-import math
-import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
-from runtime import cli, command, place, results
-from runtime.count import evaluations, iterate
-from runtime.interface import Problem
+from runtime import cli, command, results
 
 # TFLOP/s in dense bf16, by the data sheets. The product of two large random matrices was seen to
 # attain four fifths of it, 790 on an H200.
 PEAK = {"NVIDIA H100 80GB HBM3": 990, "NVIDIA H200": 990, "NVIDIA A100-SXM4-40GB": 312,
         "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100-PCIE-40GB": 312, "NVIDIA A100 80GB PCIe": 312}
-ROUNDS = 3  # that are timed, after one that is not; the fastest counts
-SOON = ("batch", "F an iteration", "an iteration, ms", "TFLOP/s",
-        "peak memory, GB", "the first iterations take longer by, s")
-
-
-def now() -> float:
-    """Seconds, once the device has done all that it was told to."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+ROUNDS = 3  # that are timed; the fastest counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,110 +35,100 @@ class Bench:
     make: Callable  # as a problem's own
     stage: Any  # backtrack.py
 
-    def problem(self, argv: Sequence[str]) -> tuple[Any, Problem]:
-        """The stage's arguments, and the problem. Small learning rates keep random networks finite,
-        however many the iterations."""
+    def networks(self, argv: Sequence[str]) -> Any:
+        """The stage's, of its arguments. Small learning rates keep random networks finite, however
+        many the iterations."""
         args, _ = cli.parse("backtrack", "", [self.name, *argv, "--target", "teacher",
                                               "--lr-student", "1e-9", "--lr-fake", "1e-9"],
                             self.stage.FLAGS)
         args.fake_init = "teacher"
-        return args, cli.make(args, self.make)
-
-    def networks(self, argv: Sequence[str]) -> Any:
-        return self.stage.Networks(*self.problem(argv), None)
+        return self.stage.Networks(args, cli.make(args, self.make), None)
 
 
-def rounds(nets: Any, every: int, count: int, began: float) -> list[float]:
-    """Seconds of each of 1 + `count` times `every` iterations; the first time holds all since
-    `began`."""
-    marks = [began]
-    for _ in range(1 + count):
-        for _ in range(every):
-            iterate(nets)
-        marks.append(now())
-        if torch.cuda.is_available() and len(marks) == 2:
-            torch.cuda.reset_peak_memory_stats()  # what it took to get here does not count
-    return [after - before for before, after in zip(marks, marks[1:])]
+def iterate(nets: Any) -> None:
+    """An iteration, as in backtrack.py."""
+    samples, mismatch = nets.update_student()
+    for i in range(nets.config.fake_updates):
+        nets.update_fake(samples if i == 0 else nets.fresh_samples())
+    nets.scheduler.step(mismatch)
 
 
-def alone(made: Problem, shares: int, compiled: bool, repeats: int) -> dict[str, float]:
-    """Milliseconds of an iteration's parts, each by itself, as often as an iteration has it where
-    the batch is computed in `shares`."""
-    n, k, without = made.config.batch // shares, made.config.fake_updates, torch.no_grad()
-    target, student, fake = made.teacher, made.student, copy.deepcopy(made.teacher)
-    for net in (target, student, fake):
-        place.ready(net, argparse.Namespace(shard=False, compile=compiled), made.blocks)
+def evaluations(nets: Any) -> tuple[float, int, float]:
+    """F of an iteration of the stage for each sample of its batch, counted by hooks on all its
+    networks; the least that the method needs, 4k + 4 for k updates of the fake and one more where
+    the target is guided; and the FLOPs of an F, a multiply-add counting 2."""
+    spent = []
+
+    def count(net, args, x0):
+        spent.append(len(x0))
+        if x0.requires_grad:
+            x0.register_hook(lambda gradient: spent.append(2 * len(gradient)))
+
+    hooks = [net.register_forward_hook(count) for net in (nets.student, nets.fake, nets.target)]
+    iterate(nets)
+    for hook in hooks:
+        hook.remove()
+    made, n, k = nets.problem, nets.config.batch, nets.config.fake_updates
     (z, cond), sigma = made.sample_inputs(n), made.sample_sigma(n)
+    # The counter knows attention's kernels on CUDA only, but the plain products everywhere.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        made.teacher(z, sigma, cond)
+    return sum(spent) / n, 4 * k + 3 + made.guide_evals, counter.get_total_flops() / n
+
+
+def milliseconds(work: Callable[[], Any], repeats: int) -> float:
+    """The least of the means over `repeats` calls, each round after two calls more."""
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return min(timer.timeit(repeats).mean for _ in range(ROUNDS)) * 1e3
+
+
+def alone(nets: Any, repeats: int) -> dict[str, float]:
+    """Milliseconds of an iteration's parts, each by itself, as often as an iteration has it."""
+    made, n, k = nets.problem, nets.config.batch, nets.config.fake_updates
+    shares = nets.share(*made.sample_inputs(n), made.sample_sigma(n))
+    (z, cond, sigma), count, without = shares[0], len(shares), torch.no_grad()
     x = z * (1 + sigma**2).sqrt()
-    adam = torch.optim.AdamW(fake.parameters(), lr=1e-9, fused=True)
 
     def backward(net, x0):
         net.zero_grad()
         x0.mean().backward()
 
-    def optimize():
-        if made.clip < math.inf:
-            torch.nn.utils.clip_grad_norm_(fake.parameters(), made.clip)
-        adam.step()
-
     works = {
         "student: forward and backward":
-            (lambda: backward(student, made.generate(student, z, cond)), shares),
-        "fake: forward": (without(lambda: fake(x, sigma, cond)), shares),
-        "target: forward, guided if so":
-            (without(lambda: made.guide(target, x, sigma, cond)), shares),
-        "fake: forwards and backwards": (lambda: backward(fake, fake(x, sigma, cond)), k * shares),
+            (lambda: backward(nets.student, made.generate(nets.student, z, cond)), count),
+        "fake: forward": (without(lambda: nets.fake(x, sigma, cond)), count),
+        "target: forward, guided if so": (without(lambda: nets.guided(x, sigma, cond)), count),
+        "fake: forwards and backwards":
+            (lambda: backward(nets.fake, nets.fake(x, sigma, cond)), k * count),
         "fresh samples: forwards":
-            (without(lambda: made.generate(student, z, cond)), (k - 1) * shares),
-        "optimizers: clipping, AdamW": (optimize, 1 + k)}
+            (without(lambda: made.generate(nets.student, z, cond)), (k - 1) * count),
+        "optimizers: clipping, AdamW": (nets.adams["fake"].step, 1 + k)}
     return {name: milliseconds(work, repeats) * times if times else 0.0
             for name, (work, times) in works.items()}
 
 
-def milliseconds(work: Callable[[], Any], repeats: int) -> float:
-    """The least of the means over `repeats` calls."""
-    means = []
-    for _ in range(1 + ROUNDS):
-        began = now()
-        for _ in range(repeats):
-            work()
-        means.append((now() - began) / repeats * 1e3)
-    return min(means[1:])
-
-
-def column(bench: Bench, argv: Sequence[str], evals: float, flops: float,
-           every: int) -> dict[str, str]:
-    """The numbers of a batch size, from runs of `every` iterations."""
-    free()
-    began = now()
-    nets = bench.networks(argv)
-    first, *others = (t / every * 1e3 for t in rounds(nets, every, ROUNDS, began))
-    iteration = min(others)
-    memory = results.peak_memory()
-    del nets
-    free()
-    args, made = bench.problem(argv)
-    parts, batch = alone(made, args.accumulate, args.compile, every), made.config.batch
+def measure(nets: Any, evals: float, flops: float, repeats: int) -> dict[str, str]:
+    """The rows of a table."""
+    began = time.perf_counter()
+    iterate(nets)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()  # what it took to get here does not count
+    first = time.perf_counter() - began
+    iteration = milliseconds(lambda: iterate(nets), repeats)
+    memory, parts, batch = results.peak_memory(), alone(nets, repeats), nets.config.batch
     networks = sum(parts.values()) - parts["optimizers: clipping, AdamW"]
     rate = batch * evals * flops / iteration / 1e9
-    peak = PEAK.get(device()) if getattr(made.config, "precision", "") == "bf16" else None
-    times = parts | {"the rest": iteration - sum(parts.values()),
+    peak = PEAK.get(device()) if nets.config.precision == "bf16" else None
+    times = parts | {"the rest, where below 0 noise": iteration - sum(parts.values()),
                      "all forwards and backwards": networks, "an iteration": iteration}
-    return {"batch": str(batch), "F an iteration": f"{evals:g}",
+    return {"the first iteration, s": f"{first:.1f}",
             **{f"{name}, ms": f"{ms:,.3f}" for name, ms in times.items()},
             "  / all forwards and backwards": f"{iteration / networks:.2f}",
             "  / (F x the fake's forward)": f"{iteration / evals / parts['fake: forward']:.2f}",
-            "the first iterations take longer by, s": f"{(first - iteration) * every / 1e3:.1f}",
             "images a second": f"{batch / iteration * 1e3:,.4g}", "TFLOP/s": f"{rate:.3g}",
             "  / the peak": f"{rate / peak:.1%}" if peak else "-",
             "peak memory, GB": f"{memory / 1e9:.2f}"}
-
-
-def free() -> None:
-    """Give back what was left on the device."""
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def device() -> str:
@@ -159,67 +137,23 @@ def device() -> str:
             else f"CPU, {threads} thread{'s' * (threads > 1)}")
 
 
-def report(bench: Bench, argv: Sequence[str], settings: list, compiled: bool, every: int) -> None:
-    """Print the table: a row for each number, a column for each of `settings`, the flags of a batch
-    size and of the fake's updates. Before that, as soon as it is known, the time of an iteration:
-    a run that is cut off has then been of use as well."""
-    # F is counted on a single sample, as what is timed may fill the memory.
-    split = any(word.split("=")[0] == "--accumulate" for word in argv)
-    one = settings[0][0] if split else ["--batch", "1"]
-    counted, columns, last = {}, [], None
-    for batch, updates in settings:
-        if tuple(updates) not in counted:
-            plain = [*argv, *one, *updates, "--no-compile"]
-            evals, least, flops = evaluations(bench, plain)
-            if not counted:  # the problem has set the number of threads
-                print(bench.name, *argv, "on", device(), "with torch", torch.__version__,
-                      "compiled" if compiled else "not compiled", flush=True)
-            counted[tuple(updates)] = evals
-            print(f"{evals:g} F an iteration, {least} is the least; F is {flops / 1e9:.4g} GFLOP",
-                  flush=True)
-        if compiled and batch != last:  # what was compiled for another size is of no use
-            torch.compiler.reset()
-        flags, last = [*argv, *batch, *updates, "--compile" if compiled else "--no-compile"], batch
-        try:
-            columns.append(column(bench, flags, counted[tuple(updates)], flops, every))
-        except torch.OutOfMemoryError:
-            columns.append(defaultdict(lambda: "-", {"batch": "".join(batch[1:]),
-                                                     "peak memory, GB": "too large"}))
-        print(", ".join(f"{row.strip()} {columns[-1].get(row, '-')}" for row in SOON),
-              file=sys.stderr, flush=True)
-    for row in max(columns, key=len):
-        print(f"{row:40}" + "".join(f"{column[row]:>12}" for column in columns))
-    if any(float(column.get("the rest, ms", "0").replace(",", "")) < 0 for column in columns):
-        print("the rest is below 0 where parts took longer alone than together, which is noise",
-              file=sys.stderr)
-
-
-def profile(bench: Bench, argv: Sequence[str], most: int = 15) -> None:
-    """Print where the device's time goes in an iteration: its longest kernels, or operators where
-    there is no GPU."""
-    gpu, nets = torch.cuda.is_available(), bench.networks(argv)
+def profile(nets: Any) -> str:
+    """Where the device's time goes in an iteration: its longest kernels, or operators where there
+    is no GPU."""
+    gpu = torch.cuda.is_available()
     kind = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
     iterate(nets)  # the first compiles
-    now()
     with torch.profiler.profile(activities=[kind]) as profiler:
         iterate(nets)
-        now()
-    name = "self_device_time_total" if gpu else "self_cpu_time_total"
-    found = sorted(profiler.key_averages(), key=lambda row: -getattr(row, name))
-    total = sum(getattr(row, name) for row in found)
-    print(f"{total / 1e3:.1f} ms in {sum(row.count for row in found)} calls, of which")
-    for row in found[:most]:
-        spent = getattr(row, name)
-        print(f"{spent / total:6.1%}{spent / 1e3:10.2f} ms{row.count:7} x  {row.key[:100]}")
+    return profiler.key_averages().table("self_device_time_total" if gpu else "self_cpu_time_total",
+                                         row_limit=15, max_name_column_width=60)
 
 
-def main(bench: Bench, every: int, argv: Sequence[str]) -> None:
-    """Print the table of a problem, or a profile."""
-    parser = argparse.ArgumentParser(f"python -m {bench.name}.bench", allow_abbrev=False, epilog=(
-        f"All other flags are those of backtrack.py {bench.name}."))
-    parser.error = command.refuse
-    parser.add_argument("--batch", type=int, nargs="+", help="a column each; default: preset's")
-    parser.add_argument("--fake-updates", type=int, nargs="+", help="columns as well")
+def parse(bench: Bench, every: int, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The benchmark's own flags, and those of the stage."""
+    parser = command.parser(f"python -m {bench.name}.bench", "",
+                            epilog=f"All other flags are those of backtrack.py {bench.name}.")
+    parser.add_argument("--batch", type=int, nargs="+", help="a table each; default: preset's")
     parser.add_argument("--iterations", type=int, default=every,
                         help="of which the mean is taken, three times (default: %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="on by default "
@@ -227,15 +161,29 @@ def main(bench: Bench, every: int, argv: Sequence[str]) -> None:
     parser.add_argument("--profile", action="store_true",
                         help="the longest kernels of an iteration, instead of the table")
     args, others = parser.parse_known_args(argv)
-    for flag, numbers in (("--iterations", [args.iterations]), ("--batch", args.batch or []),
-                          ("--fake-updates", args.fake_updates or [])):
-        if any(number < 1 for number in numbers):
-            command.refuse(f"{flag} must be at least 1, not {min(numbers)}")
-    batches = [["--batch", str(n)] for n in args.batch or []] or [[]]
-    updates = [["--fake-updates", str(k)] for k in args.fake_updates or []] or [[]]
-    settings = [(batch, more) for batch in batches for more in updates]
-    if args.profile:
-        profile(bench, [*others, *batches[0], *updates[0],
-                        "--compile" if args.compile else "--no-compile"])
-    else:
-        report(bench, others, settings, args.compile, args.iterations)
+    if (least := min([args.iterations, *(args.batch or [])])) < 1:
+        command.refuse(f"--batch and --iterations must be at least 1, not {least}")
+    return args, others
+
+
+def main(bench: Bench, every: int, argv: Sequence[str]) -> None:
+    """Print a table for each size of batch as soon as it is known, or a profile."""
+    args, others = parse(bench, every, argv)
+    how = "--compile" if args.compile else "--no-compile"
+    # F is counted on a single sample, as what is timed may fill the memory.
+    evals, least, flops = evaluations(bench.networks(
+        [*others, "--batch", "1", "--accumulate", "1", "--no-compile"]))
+    print(bench.name, *others, how, "on", device(), "with torch", torch.__version__)
+    print(f"{evals:g} F an iteration, {least} is the least; F is {flops / 1e9:.4g} GFLOP")
+    for batch in args.batch or [None]:
+        gc.collect()  # and give back what the batch before this left on the device
+        torch.cuda.empty_cache()
+        torch.compiler.reset()  # what was compiled for another size is of no use
+        nets = bench.networks([*others, how, *(["--batch", str(batch)] if batch else [])])
+        print(f"batch {nets.config.batch}", flush=True)
+        if args.profile:
+            print(profile(nets))
+        else:
+            for row, number in measure(nets, evals, flops, args.iterations).items():
+                print(f"{row:40}{number:>12}", flush=True)
+        del nets

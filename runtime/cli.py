@@ -12,8 +12,7 @@ from typing import Any, get_args
 import torch
 
 from disback import Refusal
-from runtime import ranks
-from runtime.command import check_common, path, refuse
+from runtime import command, ranks
 from runtime.folder import enter, writes
 from runtime.interface import Config, Problem, flag_of
 
@@ -43,9 +42,8 @@ def make(args: Any, make: Callable) -> Problem:
 def parse(stage: str, doc: str, argv: Sequence[str], flags: dict) -> tuple[Any, Any]:
     """The arguments, with the problem's settings as `config`, and the problem's module."""
     problems = sorted(file.parent.name for file in Path(__file__).parents[1].glob("*/problem.py"))
-    parser = argparse.ArgumentParser(f"{stage}.py", description=doc, allow_abbrev=False,
-                                     epilog="PROBLEM --help lists the problem's flags as well.")
-    parser.error = refuse
+    parser = command.parser(f"{stage}.py", doc,
+                            epilog="PROBLEM --help lists the problem's flags as well.")
     parser.add_argument("problem", choices=problems, metavar="PROBLEM", help=" | ".join(problems))
     add_common(parser)
     for name, keywords in flags.items():
@@ -59,8 +57,8 @@ def parse(stage: str, doc: str, argv: Sequence[str], flags: dict) -> tuple[Any, 
             parser.add_argument("--dry-run", action="store_true", help="only print what it needs")
     args = parser.parse_args(argv)
     if args.problem != name:
-        refuse(f"name the problem first: {stage}.py {args.problem} ...")
-    check_common(args)
+        command.refuse(f"name the problem first: {stage}.py {args.problem} ...")
+    command.check_common(args)
     changes = {key.removeprefix("config."): value
                for key, value in vars(args).items() if key.startswith("config.")}
     args.config = dataclasses.replace(module.PRESETS[args.preset], **changes)
@@ -72,7 +70,7 @@ def parse(stage: str, doc: str, argv: Sequence[str], flags: dict) -> tuple[Any, 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """The flags of both stages on every problem."""
-    parser.add_argument("--out", type=path, help="run folder (default: runs/PROBLEM)")
+    parser.add_argument("--out", type=command.path, help="run folder (default: runs/PROBLEM)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     folder = parser.add_mutually_exclusive_group()
     folder.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
@@ -87,8 +85,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def named_preset(argv: Sequence[str]) -> str | None:
     """The preset that --help shall show."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.error = refuse
+    parser = command.parser("", "", add_help=False)
     parser.add_argument("--preset")
     return parser.parse_known_args(argv)[0].preset
 
@@ -102,8 +99,7 @@ def add_settings(parser: argparse.ArgumentParser, stage: str, presets: dict[str,
     group.add_argument("--preset", default=next(iter(presets)), choices=presets,
                        help="sets the flags below")
     for field in dataclasses.fields(presets[shown]):
-        elsewhere = field.metadata["stage"] not in ("", stage)
-        if elsewhere and field.name not in ("nodes", "interval") or not field.metadata["flag"]:
+        if field.metadata["stage"] not in ("", stage) and field.name not in ("nodes", "interval"):
             continue
         group.add_argument(flag_of(field.name), dest=f"config.{field.name}",
                            type=field.type if field.type in (int, float) else os.path.expanduser,

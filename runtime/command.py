@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -48,6 +49,13 @@ def end(status: int, *said: str) -> None:
 
 def refuse(message: str) -> None:
     raise Refusal(f"{message} (--help lists what there is)")
+
+
+def parser(prog: str, doc: str, **more: Any) -> argparse.ArgumentParser:
+    """One that takes whole flags alone, and refuses what it does not know."""
+    made = argparse.ArgumentParser(prog, description=doc, allow_abbrev=False, **more)
+    made.error = refuse
+    return made
 
 
 def path(text: str) -> Path:

@@ -1,9 +1,10 @@
-"""What fails on files and folders, in a user's words."""
+"""What a user has said wrong, and what fails on files and folders, in a user's words."""
 
 import contextlib
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any, get_args
 
 import torch
 
@@ -44,3 +45,16 @@ def must_take_files(folder: pathlib.Path, flag: str) -> None:
         raise Refusal(f"{there} is no folder: name another {flag}")
     if not os.access(there, os.W_OK | os.X_OK):
         raise Refusal(f"permission denied: {there}: name another {flag}")
+
+
+def must_be_allowed(flag: str, value: Any, kind: Any, zero: bool = False,
+                    below: float = 2**40) -> None:
+    """Refuse what the Literal `kind` does not name, and a number of another kind or range."""
+    choices = get_args(kind)
+    if choices and value not in choices:
+        raise Refusal(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
+    if kind not in (int, float):
+        return
+    if type(value) not in (int, kind) or not (1e-18 < value < below or zero and value == 0):
+        raise Refusal(f"{flag} must be {'0 or ' * zero}above 1e-18 and below {below:g}, not "
+                      f"{value!r}")

@@ -1,7 +1,6 @@
 """Images in one step, of a student or of the weights that the authors of DisBack published; and
 the student's folder for diffusers and the hub."""
 
-import argparse
 import os
 import tempfile
 from pathlib import Path
@@ -23,9 +22,7 @@ CARD = Path(__file__).with_name("card.md")
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("python -m sdxl.generate", description=__doc__,
-                                     allow_abbrev=False)
-    parser.error = command.refuse
+    parser = command.parser("python -m sdxl.generate", __doc__)
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a picture for each and seed")
     parser.add_argument("--student", default="runs/sdxl", help="a run's folder, a file of a UNet's "
                         "weights, or a name on the hub: SYZhang0805/DisBack (default: runs/sdxl)")

@@ -1,6 +1,9 @@
 """The benchmarks: what they count is right, and they need neither a file nor the network."""
 
 import functools
+import re
+import time
+import types
 
 import pytest
 import torch
@@ -40,12 +43,16 @@ def small_full(monkeypatch):
 
 
 def table(capsys, name, *argv):
-    """The two lines that a benchmark prints first, and the numbers below by the rows' names."""
+    """The two lines that a benchmark prints first, and a table for each batch, by its rows."""
     bench.main(BENCHES[name], 1, argv)
     first, second, *rows = capsys.readouterr().out.replace(",", "").splitlines()
-    rows = [row for row in rows if "is the least" not in row]  # of further updates of the fake
-    return first, second, {row[:40].strip(): [row[i:i + 12].strip() for i in range(
-        40, len(row), 12)] for row in rows}
+    tables = {}
+    for row in rows:
+        if row.startswith("batch "):
+            tables[row] = now = {}
+        else:
+            now[row[:40].strip()] = row[40:].strip()
+    return first, second, tables
 
 
 @pytest.mark.parametrize("name, argv, evals", [
@@ -53,7 +60,7 @@ def table(capsys, name, *argv):
     ("toy2d", [*TOY, "--fake-updates", "5", "--batch", "3"], 24),
     ("sdxl", ["--no-compile", "--fake-updates", "2", "--batch", "2"], 13)])
 def test_an_iteration_costs_the_bound(name, argv, evals):
-    spent, least, _ = bench.evaluations(BENCHES[name], argv)
+    spent, least, _ = bench.evaluations(BENCHES[name].networks(argv))
     assert spent == least == evals
 
 
@@ -65,13 +72,13 @@ def test_a_forward_more_is_counted(monkeypatch):
         return vsd_loss(x0, sigma, fake, target, cond, *rest)
 
     monkeypatch.setattr(disback, "vsd_loss", wasteful)
-    spent, least, _ = bench.evaluations(toy_bench.BENCH, [*TOY, "--batch", "3"])
+    spent, least, _ = bench.evaluations(toy_bench.BENCH.networks([*TOY, "--batch", "3"]))
     assert spent == 8 + 3 and least == 8
 
 
 def test_the_flops_of_an_mlp_are_two_a_weight():
     argv = [*TOY, "--batch", "3", "--width", "16", "--depth", "2"]
-    _, _, flops = bench.evaluations(toy_bench.BENCH, argv)
+    _, _, flops = bench.evaluations(toy_bench.BENCH.networks(argv))
     assert flops == 2 * (10 * 16 + 16 * 16 + 16 * 2)
 
 
@@ -92,46 +99,53 @@ def test_the_flops_of_the_digits_network_are_those_of_its_layers_and_its_attenti
             module.register_forward_hook(layer)
     with torch.no_grad():
         net(torch.randn(1, 1, 8, 8), torch.ones(1), torch.zeros(1, 10))
-    _, _, flops = bench.evaluations(imagenet64_bench.BENCH, ["--no-compile", "--batch", "2"])
+    _, _, flops = bench.evaluations(
+        imagenet64_bench.BENCH.networks(["--no-compile", "--batch", "2"]))
     assert flops == sum(expected)
 
 
 def test_the_table_has_every_row_for_every_batch_size(capsys):
-    argv = ["--no-compile", *SMALL, "--batch", "8", "16"]
-    first, second, rows = table(capsys, "toy2d", *argv, "--fake-updates", "2", "3")
-    assert "toy2d" in first and "CPU" in first and "not compiled" in first
+    argv = ["--no-compile", *SMALL, "--batch", "8", "16", "--fake-updates", "2"]
+    first, second, tables = table(capsys, "toy2d", *argv)
+    assert "toy2d" in first and "CPU" in first and "--no-compile" in first
     assert second.startswith("12 F an iteration 12 is the least")
-    assert rows.pop("batch") == ["8", "8", "16", "16"] and rows.pop("/ the peak") == 4 * ["-"]
-    assert rows.pop("F an iteration") == ["12", "16", "12", "16"]
-    assert rows.pop("the rest ms")  # a difference, of either sign where times scatter
-    for name in PARTS:
-        assert f"{name} ms".replace(",", "") in rows
-    assert len(rows) == len(PARTS) + 2 + 6
-    assert rows.pop("the first iterations take longer by s")  # likewise
-    assert all(float(number) > 0 for numbers in rows.values() for number in numbers)
+    assert list(tables) == ["batch 8", "batch 16"]
+    for rows in tables.values():
+        assert rows.pop("/ the peak") == "-"
+        assert rows.pop("the rest where below 0 noise ms")  # of either sign where times scatter
+        assert rows.pop("the first iteration s")
+        assert {f"{name} ms".replace(",", "") for name in PARTS} <= rows.keys()
+        assert len(rows) == len(PARTS) + 2 + 5
+        assert all(float(number) > 0 for number in rows.values())
 
 
 def test_the_parts_are_taken_as_often_as_an_iteration_has_them(monkeypatch):
-    _, made = toy_bench.BENCH.problem([*TOY, "--batch", "6", "--fake-updates", "3"])
+    nets = toy_bench.BENCH.networks([*TOY, "--batch", "6", "--fake-updates", "3",
+                                     "--accumulate", "2"])
     seen = set()
-    made.teacher.register_forward_hook(lambda net, args, x0: seen.add(len(x0)))
+    nets.target.register_forward_hook(lambda net, args, x0: seen.add(len(x0)))
     monkeypatch.setattr(bench, "milliseconds", lambda work, repeats: [work()] and 1)
-    parts = bench.alone(made, shares=2, compiled=False, repeats=1)
+    parts = bench.alone(nets, repeats=1)
     assert dict(zip(PARTS, (2, 2, 2, 6, 4, 4))) == parts and seen == {3}
 
 
 def test_the_rates_follow_from_the_times(monkeypatch):
-    monkeypatch.setattr(bench, "rounds", lambda *args: [9.0, 3.0, 2.0, 2.5])  # s of 10
-    monkeypatch.setattr(bench, "alone", lambda made, shares, *_: PARTS if shares == 2 else {})
+    monkeypatch.setattr(bench, "milliseconds", lambda *_: 200)
+    monkeypatch.setattr(bench, "alone", lambda *_: PARTS)
     monkeypatch.setattr(bench, "device", lambda: "NVIDIA H200")
-    argv = ["--batch", "50", "--accumulate", "2", "--precision", "bf16"]
-    row = bench.column(imagenet64_bench.BENCH, argv, evals=16, flops=99e9, every=10)
+    nets = imagenet64_bench.BENCH.networks(["--batch", "50", "--precision", "bf16",
+                                            "--accumulate", "10"])
+    row = bench.measure(nets, evals=16, flops=99e9, repeats=10)
     assert row["an iteration, ms"] == "200.000" and row["images a second"] == "250"
-    assert row["the first iterations take longer by, s"] == "7.0"
-    assert row["all forwards and backwards, ms"] == "160.000" and row["the rest, ms"] == "25.000"
+    assert row["all forwards and backwards, ms"] == "160.000"
+    assert row["the rest, where below 0 noise, ms"] == "25.000"
     assert row["  / all forwards and backwards"] == "1.25"
     assert row["  / (F x the fake's forward)"] == "0.62"  # 200 / (16 x 20)
     assert (row["TFLOP/s"], row["  / the peak"]) == ("396", "40.0%")  # 50 x 16 x 0.099 / 0.2 of 990
+
+
+def test_milliseconds_are_those_of_one_call():
+    assert 20 <= bench.milliseconds(lambda: time.sleep(0.02), 2) < 200
 
 
 @pytest.mark.parametrize("name, argv", [
@@ -139,14 +153,15 @@ def test_the_rates_follow_from_the_times(monkeypatch):
 def test_the_full_presets_need_no_file_and_write_none(capsys, small_full, monkeypatch,
                                                       tmp_path, name, argv):
     monkeypatch.chdir(tmp_path)
-    _, second, rows = table(capsys, name, *FULL, *argv, "--fake-updates", "1")
-    assert second.startswith(f"{8 + (name == 'sdxl')} F an iteration") and len(rows) == 18
+    _, second, tables = table(capsys, name, *FULL, *argv, "--fake-updates", "1")
+    assert second.startswith(f"{8 + (name == 'sdxl')} F an iteration")
+    assert len(tables["batch 1"]) == 16
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("argv, side", [([], 16), (FULL, 128)])
 def test_the_latents_and_the_noise_levels_are_sdxls(small_full, argv, side):
-    _, made = sdxl_bench.BENCH.problem(argv)
+    made = sdxl_bench.BENCH.networks([*argv, "--no-compile"]).problem
     assert made.sample_inputs(1)[0].shape == (1, 4, side, side)
     assert sdxl_bench.noise_levels()[399].item() == pytest.approx(1.16057, abs=1e-5)
 
@@ -154,18 +169,6 @@ def test_the_latents_and_the_noise_levels_are_sdxls(small_full, argv, side):
 def test_no_weight_of_the_adm_starts_at_zero():
     net = imagenet64_bench.random_teacher(imagenet64.TINY)
     assert all(weight.any() for weight in net.parameters())
-
-
-def test_a_batch_that_is_too_large_leaves_the_others_their_columns(capsys, monkeypatch):
-    def small_card(_, argv, *rest):
-        if argv[-2] == "9":
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return {"batch": argv[-2], "TFLOP/s": "300", "peak memory, GB": "70.00"}
-
-    monkeypatch.setattr(bench, "column", small_card)
-    *_, rows = table(capsys, "toy2d", "--no-compile", *SMALL, "--batch", "9", "8")
-    assert rows == {"batch": ["9", "8"], "TFLOP/s": ["-", "300"],
-                    "peak memory GB": ["too large", "70.00"]}
 
 
 @pytest.mark.parametrize("name", BENCHES)
@@ -179,19 +182,23 @@ def test_a_mistake_ends_it_in_one_line(refused, name, argv, cause):
 
 def test_the_stage_is_compiled_where_it_is_asked_for_and_never_while_it_is_counted(monkeypatch):
     seen = []
-    monkeypatch.setattr(bench, "evaluations", lambda _, argv: seen.append(argv) or (8, 8, 1))
-    monkeypatch.setattr(bench, "column", lambda _, argv, *__: seen.append(argv) or {})
-    bench.main(toy_bench.BENCH, 1, ["--compile"])
-    assert seen == [["--batch", "1", "--no-compile"], ["--compile"]]
+    monkeypatch.setattr(bench.Bench, "networks", lambda _, argv: seen.append(argv) or
+                        types.SimpleNamespace(config=types.SimpleNamespace(batch=1)))
+    monkeypatch.setattr(bench, "evaluations", lambda nets: (8, 8, 1))
+    monkeypatch.setattr(bench, "measure", lambda *_: {})
+    bench.main(toy_bench.BENCH, 1, ["--compile", "--batch", "7"])
+    assert seen == [["--batch", "1", "--accumulate", "1", "--no-compile"],
+                    ["--compile", "--batch", "7"]]
 
 
 def test_the_profile_names_the_longest_operators_of_one_iteration(capsys):
     bench.main(imagenet64_bench.BENCH, 1, ["--no-compile", "--batch", "2", "--profile"])
-    total, *rows = capsys.readouterr().out.splitlines()
-    assert "of which" in total and len(rows) == 15
-    spent = [float(row.split("ms")[0].split("%")[1]) for row in rows]
+    said = capsys.readouterr().out
+    rows = [row.split() for row in said.splitlines() if row.count("%") == 2 and "Name" not in row]
+    assert len(rows) == 15 and "Self CPU %" in said
+    spent = [float(re.search(r"([\d.]+)%", " ".join(row)).group(1)) for row in rows]
     assert spent == sorted(spent, reverse=True) and spent[-1] > 0
-    calls = {row.split()[-1]: int(row.split()[3]) for row in rows}
+    calls = {row[0]: int(row[-1]) for row in rows}
     net = imagenet64_bench.random_teacher(imagenet64.TINY)
     convolutions = sum(weight.dim() == 4 for weight in net.parameters())
     assert calls["aten::convolution_backward"] == 2 * convolutions  # the student's, the fake's
