@@ -58,10 +58,10 @@ SEEDS, FRESH = tuple(range(10)), tuple(range(200, 210))
 CHEAP = tuple(cell for cell in CELLS if cell != "default")
 PLAN = [
     (("16D d8", "4D d8"), (*MAIN, "linear"), ALIKE + FASTER, SEEDS),
-    (("4D d8", "16D d8", "2D d8 eps"), RULES, ALIKE[1:3], SEEDS),
-    (("4D d8", "16D d8", "2D d8 eps"), ABLATION, ALIKE[1:3], SEEDS),
-    (("2D d8",), (*MAIN[:4], *RULES), ALIKE[1:3], SEEDS),
-    (("4D d8", "16D d8"), (*CONFIRMED, *RULES[:2]), ALIKE[1:3], FRESH),
+    (("16D d8", "2D d8", "4D d8", "2D d8 eps"), RULES, ALIKE[1:3], SEEDS),
+    (("16D d8", "4D d8"), (*CONFIRMED, *RULES[:2]), ALIKE[1:3], FRESH),
+    (("16D d8", "4D d8", "2D d8 eps"), ABLATION, ALIKE[1:3], SEEDS),
+    (("2D d8",), MAIN[:4], ALIKE[1:3], SEEDS),
     (("16D d4", "16D d16", "16D d0"), MAIN[:4], ALIKE[1:4], SEEDS),
     (("4D d16", "2D d16", "16D d16"), RULES[:2], ALIKE[1:4], SEEDS),
     (("default",), (*MAIN[:2], *RULES[:2]), ALIKE[1:2], SEEDS),
