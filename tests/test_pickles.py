@@ -295,12 +295,8 @@ DICT, MODULES = "collections.OrderedDict", "torch.nn.modules.container.ModuleDic
 HOSTILE = OPCODES | NAMES | {
     # calls, by every other road that leads to one
     "exec named by lines": (parameter(b"cbuiltins\nexec\n" + RUN), "builtins.exec"),
-    "exec in the loss": (bytearray(b"\x80\x04" + items(
-        ema=assembled(), loss_fn=name("builtins.exec") + RUN) + STOP), "builtins.exec"),
     "a name with dots": (parameter(text("torch") + text("storage._load_from_bytes.__globals__")
                                    + b"\x93"), "__globals__"),
-    "a name that is split elsewhere": (parameter(text("torch.storage._load_from_bytes")
-                                                 + text("__call__") + b"\x93"), "__call__"),
     "a name that is no text": (parameter(b"K\x01K\x02\x93"), "no name"),
     "BINPERSID": (parameter(text("x") + b"Q"), "persistent"),
     "a call of a result": (parameter(call(DICT) + RUN), "makes a call"),
@@ -308,17 +304,13 @@ HOSTILE = OPCODES | NAMES | {
     "arguments of a set": (parameter(call("builtins.set", b"]" + b"(K\x01e")), "makes a call"),
     "another codec": (parameter(call("_codecs.encode", text("x"), text("zip"))), "makes a call"),
     "an object dtype": (parameter(call("numpy.dtype", text("O8"), b"\x89\x88")), "makes a call"),
-    "an array dtype": (parameter(call("numpy.dtype", text("999f8"), b"\x89\x88")), "makes a call"),
     # states that would change what is there
     "BUILD on a function": (parameter(name("torch.storage._load_from_bytes")
                                       + items(__globals__=b"}") + b"b"), "state of what has none"),
-    "BUILD on a class": (parameter(name(MODULES) + items(__new__=b"N") + b"b"), "state of what"),
     "BUILD with slots": (parameter(name(MODULES) + b")\x81N" + items(__class__=b"N") + b"\x86b"),
                          "state of what"),
     "BUILD on a module that has a state": (parameter(assembled() + b"}b"), "state of what"),
-    "BUILD on a tensor": (parameter(tensor() + items(grad=b"N") + b"b"), "state of what"),
     # what the stack machine must survive
-    "text longer than the file": (parameter(b"X\xff\xff\xff\x7fx"), "more bytes than"),
     "bytes longer than any memory": (parameter(b"\x8e" + b"\xff" * 7 + b"\x7f"), "more bytes than"),
     "a frame longer than the file": (parameter(b"\x95" + b"\xff" * 8), "frame"),
     "a protocol to come": (bytearray(b"\x80\x06}."), "protocol"),
@@ -329,7 +321,6 @@ HOSTILE = OPCODES | NAMES | {
     "an odd number of items": (parameter(b"}(" + text("key") + b"u"), "malformed"),
     "items of a number": (parameter(b"K\x01" + text("k") + b"Ns"), "cannot be filled"),
     "text that is no UTF-8": (parameter(b"X\x01\x00\x00\x00\xff"), "malformed"),
-    "tuples nested deep": (parameter(DEEP), "not a tensor"),
     "tuples nested deep for a key": (parameter(b"}" + DEEP + b"Ns"), "keys that are not text"),
     "tuples nested deep in a set": (parameter(b"\x8f(" + DEEP + b"\x90"), "not text"),
     "tuples nested deep for a type": (network(type=DEEP), "makes a call"),
@@ -343,8 +334,6 @@ HOSTILE = OPCODES | NAMES | {
     "exec within a storage": (stored(pickle.dumps(Code(), 2)), "exec"),
     "exec in torch.save's new format": (stored(saved(
         Code(), _use_new_zipfile_serialization=True)), "opcode 0x50"),
-    "exec in torch.save's old format": (stored(saved(Code())), "exec"),
-    "a tensor for a storage": (stored(saved(torch.arange(6.0))), "_rebuild_tensor_v2"),
     "a list of storages": (stored(saved([torch.arange(6.0)._typed_storage()])),
                            "torch.save did not write"),
     "a dict for a storage": (shaped(of=b"}"), "makes a call"),
@@ -356,18 +345,13 @@ HOSTILE = OPCODES | NAMES | {
     "another key": (stored(STORAGE[:-40] + bytes([STORAGE[-40] ^ 1]) + STORAGE[-39:]),
                     "did not write"),
     "more numbers than it has": (stored(legacy(b"K\x06N", b"K\x60N")), "not whole"),
-    "a terabyte": (stored(legacy(b"K\x06N", b"\x8a\x06\0\0\0\0\0\x01N")), "not whole"),
     "another count": (stored(legacy(b"\x06" + bytes(7), b"\x07" + bytes(7))), "not whole"),
     "a storage that is cut off": (stored(STORAGE[:-1]), "not whole"),
-    "a storage that goes on": (stored(STORAGE + b"x"), "not whole"),
     "big-endian numbers": (stored(legacy(b"endianq\x02\x88", b"endianq\x02\x89")), "did not write"),
     "another magic number": (stored(legacy(b"l\xfc\x9c", b"m\xfc\x9c")), "did not write"),
     "a storage that is empty": (stored(b""), "malformed"),
     # tensors
     "an offset beyond the storage": (shaped(offset=1), "larger than its storage"),
-    "an offset far beyond": (shaped(offset=HUGE), "impossible"),
-    "a negative offset": (shaped(offset=-1), "impossible"),
-    "a stride beyond the storage": (shaped(size=(2,), stride=(6,)), "larger than"),
     "a negative stride": (shaped(stride=(-1,), offset=5), "impossible"),
     "strides that spread few numbers": (shaped(size=(6, 6), stride=(0, 1)), "larger"),
     "a stride of 0 and a huge size": (shaped(size=(HUGE,), stride=(0,)), "impossible"),
@@ -393,7 +377,6 @@ HOSTILE = OPCODES | NAMES | {
     "one name twice": (network(parameters=items(a=tensor()), buffers=items(a=tensor())), "twice"),
     "a name that collides": (network(parameters=items(**{"a.b": tensor()})), "a.b"),
     "a name of the format's": (network(parameters=items(__metadata__=tensor())), "__metadata__"),
-    "an empty name": (network(parameters=items(**{"": tensor()})), "is no name"),
     "an endless name": (network(parameters=items(**{"a" * 99: tensor()})), "no name"),
     "a parameter that is none": (parameter(b"K\x01"), "not a tensor"),
     "a module that is none": (network(modules=items(m=b"K\x01")), "not a module"),
@@ -405,13 +388,11 @@ HOSTILE = OPCODES | NAMES | {
     "hidden names in a list": (network(hidden=b"]"), "are malformed"),
     "no tensor at all": (network(), "no tensor"),
     "no ema": (bytearray(b"\x80\x04}."), "something else"),
-    "a list": (bytearray(b"\x80\x04]."), "something else"),
     "an ema that is a tensor": (checkpoint(tensor()), "something else"),
     "more after its end": (parameter(tensor()) + b"x", "something else"),
     "two values": (bytearray(b"\x80\x04NN."), "malformed"),
     "nothing": (bytearray(), "malformed"),
     "text, no pickle": (bytearray(b"<!DOCTYPE html><html>404</html>"), "opcode 0x3c"),
-    "a safetensors file": (bytearray(b"\x08\0\0\0\0\0\0\0{}      "), "opcode"),
 }
 
 

@@ -12,14 +12,14 @@ import sys
 
 import pytest
 import torch
-from conftest import BACKTRACK, DEGRADE, make
+from conftest import BACKTRACK, DEGRADE, edit, read
 
 import backtrack
 import degrade
 import disback
 from imagenet64 import download, sample
 from runtime import command, files, folder, plots, signals
-from sdxl import figures, generate, layout, model, problem, tiny
+from sdxl import figures, generate, layout, model, tiny
 
 
 def names(out):
@@ -106,13 +106,6 @@ def test_overwriting_spares_names_that_only_resemble_a_runs(recorded, tmp_path):
     assert all((tmp_path / name).read_text() == "mine" for name in OWN)
 
 
-def test_the_figures_do_without_a_users_own_snapshot(tmp_path):
-    for name in ("0000005", "2024-best"):
-        files.save_tensors(tmp_path / "snapshots" / f"{name}.safetensors", {
-            "x0": torch.zeros(1, 2), "node": torch.tensor(0)})
-    assert [step for step, _ in plots.read_snapshots(tmp_path)] == [5]
-
-
 @pytest.mark.parametrize("place", ["figures", "path"])
 def test_what_lies_beyond_a_link_is_not_replaced(refused, recorded, tmp_path, place):
     out, mine = tmp_path / "run", tmp_path / "mine"
@@ -122,8 +115,7 @@ def test_what_lies_beyond_a_link_is_not_replaced(refused, recorded, tmp_path, pl
     for name in ("path.png", "00.safetensors"):
         (mine / name).write_text("mine")
     (out / place).symlink_to(mine)
-    line = refused(degrade.main,
-                   ["toy2d", "--out", out, *DEGRADE, "--overwrite"])
+    line = refused(degrade.main, ["toy2d", "--out", out, *DEGRADE, "--overwrite"])
     assert "link" in line and {file.read_text() for file in mine.iterdir()} == {"mine"}
 
 
@@ -138,20 +130,8 @@ def test_a_folder_in_a_files_place_is_refused_before_anything_goes(refused, reco
     (tmp_path / "metrics.json").mkdir()
     (tmp_path / "student.safetensors").write_text("a student")
     before = names(tmp_path)
-    line = refused(degrade.main,
-                   ["toy2d", "--out", tmp_path, *DEGRADE, "--overwrite"])
+    line = refused(degrade.main, ["toy2d", "--out", tmp_path, *DEGRADE, "--overwrite"])
     assert "metrics.json" in line and names(tmp_path) == before
-
-
-@pytest.mark.parametrize("finished", ["student.safetensors", "metrics.json"])
-def test_a_student_without_its_numbers_is_not_offered_for_overwriting(
-        refused, recorded, tmp_path, finished):
-    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
-    (tmp_path / finished).write_text("{}")
-    for flags in ([], ["--resume"]):
-        line = refused(backtrack.main,
-                       ["toy2d", "--out", tmp_path, *BACKTRACK, *flags])
-        assert "overwrite" not in line
 
 
 @pytest.fixture
@@ -168,32 +148,41 @@ def finished(recorded, tmp_path):
     return out
 
 
-def compared(refused, monkeypatch, recorded, other, out):
-    monkeypatch.setattr("toy2d.problem.trained_teacher", lambda *_: pytest.fail("trained"))
-    return refused(backtrack.main, [
-        "toy2d", "--path", recorded / "path", *BACKTRACK, "--out", out, "--compare", other])
+@pytest.fixture
+def compared(finished, recorded, refused, no_training, tmp_path):
+    """Whether it is refused to compare with that run, in which line, before anything is made."""
+    folder.check_finished(finished, "toy2d")  # as it is
+
+    def run():
+        line = refused(backtrack.main, ["toy2d", "--path", recorded / "path", *BACKTRACK, "--out",
+                                        tmp_path / "new", "--compare", finished])
+        assert not (tmp_path / "new").exists()
+        return line
+
+    return run
 
 
-@pytest.mark.parametrize("change", [{"method": "other"}, {"method": None}, {"steps": 0}])
-def test_numbers_that_the_comparison_needs_are_looked_at_first(
-        finished, recorded, refused, monkeypatch, tmp_path, change):
-    file = finished / "metrics.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    line = compared(refused, monkeypatch, recorded, finished, tmp_path / "new")
-    assert next(iter(change)) in line
-    assert not (tmp_path / "new").exists()
+@pytest.mark.parametrize("change", [
+    {"method": "other"}, {"method": None}, {"steps": 0}, {"steps": "many"}, {"problem": "sdxl"},
+    {"network_evals": None}, {"network_evals": {"stage1": -1, "stage2": 1}}])
+def test_numbers_that_the_comparison_needs_are_looked_at_first(finished, compared, change):
+    edit(finished / "metrics.json", **change)
+    line = compared()
+    assert str(finished) in line and (next(iter(change)) in line or "stage1" in line)
+    (finished / "metrics.json").unlink()
+    assert str(finished) in compared()
 
 
 @pytest.mark.parametrize("change", [{"network_evals": None}, {"swd": "many"}])
-def test_so_are_the_lines_of_its_log(finished, recorded, refused, monkeypatch, tmp_path, change):
+def test_so_are_the_lines_of_its_log(finished, compared, change):
     file = finished / "log.jsonl"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change) + "\n")
-    line = compared(refused, monkeypatch, recorded, finished, tmp_path / "new")
+    file.write_text(json.dumps(read(file)[0] | change) + "\n")
+    line = compared()
     assert next(iter(change)) in line and "log.jsonl" in line
 
 
 @pytest.mark.parametrize("broken", ["none", "cut", "shape", "nan node"])
-def test_so_are_its_snapshots(finished, recorded, refused, monkeypatch, tmp_path, broken):
+def test_so_are_its_snapshots(finished, compared, broken):
     file = finished / "snapshots" / "0000002.safetensors"
     if broken == "none":
         shutil.rmtree(file.parent)
@@ -202,17 +191,12 @@ def test_so_are_its_snapshots(finished, recorded, refused, monkeypatch, tmp_path
     else:
         files.save_tensors(file, {"x0": torch.zeros(4, 3 if broken == "shape" else 2),
                                   "node": torch.tensor(float("nan") if "nan" in broken else 0)})
-    assert "snapshots" in compared(refused, monkeypatch, recorded, finished, tmp_path / "new")
-
-
-def test_a_whole_run_can_be_compared_with(finished):
-    folder.check_finished(finished, "toy2d")
+    assert "snapshots" in compared()
 
 
 @pytest.mark.parametrize("place", ["figures", "snapshots", "path"])
 def test_a_file_in_a_folders_place_is_refused_before_any_training(
-        refused, monkeypatch, tmp_path, place):
-    monkeypatch.setattr("toy2d.problem.trained_teacher", lambda *_: pytest.fail("trained"))
+        refused, no_training, tmp_path, place):
     (tmp_path / place).write_text("mine")
     line = refused(degrade.main, ["toy2d", "--out", tmp_path, *DEGRADE])
     assert str(tmp_path / place) in line and "--out" in line
@@ -275,14 +259,8 @@ def test_a_missing_package_is_a_line(refused):
     def main(argv):
         import no_such_package  # noqa: F401
 
-    assert "requirements.txt" in refused(main, [])
-    assert "no_such_package" in refused(main, [])
-
-
-def test_a_path_that_was_recorded_again_is_not_blamed_on_a_flag(tmp_path):
-    with pytest.raises(disback.Refusal, match="recorded again") as refusal:
-        folder.must_agree(tmp_path, {"path": "a"}, {"path": "b"})
-    assert "--path" not in str(refusal.value)
+    line = refused(main, [])
+    assert "requirements.txt" in line and "no_such_package" in line
 
 
 def test_a_cache_that_takes_no_files_is_refused_before_a_teacher_is_trained(
@@ -319,18 +297,6 @@ def test_a_file_that_must_not_be_read_is_not_called_missing(recorded, monkeypatc
         read(file)
 
 
-@pytest.mark.parametrize("name, at, value", [
-    ("steps", 1, "many"), ("steps", 2, -1), ("positions", 1, float("nan")), ("positions", 2, None)])
-def test_every_step_and_position_of_a_path_is_a_number(recorded, tmp_path, name, at, value):
-    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
-    file = tmp_path / "path" / "path.json"
-    about = json.loads(file.read_text())
-    about[name][at] = value
-    file.write_text(json.dumps(about))
-    with pytest.raises(disback.Refusal, match=f"{name} in {file}"):
-        folder.read_path(tmp_path / "path", {})
-
-
 def test_a_pipeline_of_pickles_alone_is_told_what_to_do(tmp_path):
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"x")
@@ -343,14 +309,6 @@ def test_a_students_file_without_plain_weights_says_so(tmp_path, held):
     torch.save(held, tmp_path / "x.bin")
     with pytest.raises(disback.Refusal, match="x.bin .*no plain state_dict"):
         model.load_unet(dict(tiny.unet().config), tmp_path / "x.bin")
-
-
-def test_another_models_pipeline_is_named_before_its_text_encoders_are_read(monkeypatch, tmp_path):
-    shutil.copytree(tiny.folder(files.cached("")), tmp_path, dirs_exist_ok=True)
-    files.save_json(tmp_path / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
-    monkeypatch.setattr("sdxl.text.embed", lambda *_: pytest.fail("embedded"))
-    with pytest.raises(disback.Refusal, match="is not SDXL but StableDiffusionPipeline"):
-        make(problem, model=str(tmp_path))
 
 
 def test_a_number_that_a_log_lacks_is_a_gap_in_the_figure(finished, tmp_path):
@@ -368,13 +326,6 @@ def test_a_line_of_the_log_that_cannot_be_is_refused(finished, line):
     (finished / "log.jsonl").write_text(line + "\n")
     with pytest.raises(disback.Refusal, match="log.jsonl is broken: remove the lines"):
         folder.read_log(finished)
-
-
-def test_too_little_memory_is_said_where_the_error_says_nothing(refused):
-    def main(argv):
-        raise MemoryError
-
-    assert "out of memory (lower --batch)" in refused(main, [])
 
 
 @pytest.mark.parametrize("main, flags", [
