@@ -44,16 +44,6 @@ def test_the_distance_is_that_of_the_edm_code_on_its_reference_data(mean, cov, e
     assert fid.frechet_distance(*one, *one) == pytest.approx(0, abs=1e-10)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_the_distance_is_the_one_by_scipys_root_of_the_product(seed):
-    a, b, mean1, mean2 = randn(4, 20, 20, seed=seed)
-    cov1, cov2, mean1, mean2 = a @ a.T, 3 * b @ b.T, mean1[0], mean2[0]
-    root = scipy.linalg.sqrtm((cov1 @ cov2).numpy()).real
-    expected = (mean1 - mean2).square().sum() + (cov1 + cov2).trace() - 2 * np.trace(root)
-    assert fid.frechet_distance(mean1, cov1, mean2, cov2) == pytest.approx(expected.item(),
-                                                                           rel=1e-9)
-
-
 def test_the_distance_of_independent_gaussians_is_that_of_their_means_and_deviations():
     """Deviations from 1e-6 to 1 all count; the least is far above what rounding can make."""
     std1 = torch.logspace(-6, 0, 30, dtype=torch.float64)
@@ -93,8 +83,8 @@ def test_statistics_of_half_precision_features_are_summed_in_double():
 
 def test_features_and_covariances_that_cannot_be_are_refused():
     for n in (0, 1):
-        with pytest.raises(disback.Refusal, match=f"at least 2 images, not {n}"):
-            statistics_of(randn(n, 3), n).cov  # noqa: B018
+        assert f"at least 2 images, not {n}" in refusal(
+            lambda n=n: statistics_of(randn(n, 3), n).cov)
     assert "[5] numbers, those of the reference 3" in refusal(fid.Statistics(3).add, randn(4, 5))
     assert "not finite" in refusal(fid.Statistics(2).add, torch.tensor([[0.0, float("nan")]]))
     one, zero = torch.eye(2), torch.zeros(2)
@@ -190,8 +180,8 @@ def test_a_partial_file_of_another_measurement_is_refused_naming_what_differs(
 
 @pytest.mark.parametrize("size", [25, 35])
 def test_a_block_with_too_few_or_too_many_images_is_refused(tmp_path, size):
-    with pytest.raises(disback.Refusal, match=f"block 0 has {size} images, not 30"):
-        measure(tmp_path / "partial", lambda block, done: IMAGES[:size].split(5))
+    said = refusal(measure, tmp_path / "partial", lambda block, done: IMAGES[:size].split(5))
+    assert f"block 0 has {size} images, not 30" in said
 
 
 # -------------------------------------------------------------------------------- the features

@@ -12,14 +12,14 @@ import sys
 
 import pytest
 import torch
-from conftest import BACKTRACK, DEGRADE, edit, read
+from conftest import BACKTRACK, DEGRADE, edit, read, refusal
 
 import backtrack
 import degrade
 import disback
 from imagenet64 import download, sample
 from runtime import command, files, folder, plots, signals
-from sdxl import figures, generate, layout, model, tiny
+from sdxl import figures, layout, model, tiny
 
 
 def names(out):
@@ -79,59 +79,43 @@ def test_sigterm_outside_the_loops_ends_in_a_line_and_lets_go_of_the_folder(
     assert not names(tmp_path)
 
 
-def test_a_tilde_of_nobody_makes_no_folder(refused, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    line = refused(degrade.main, ["toy2d", "--out", "~no-such-user/x"])
-    assert "--out" in line and "~no-such-user/x" in line and not names(tmp_path)
-
-
-@pytest.mark.parametrize("main, argv, first", [
-    (sample.main, ["--classes", "3", "7", "runs/digits"], "RUN"),
-    (generate.main, ["--seeds", "1", "2", "a cat"], "PROMPT")])
-def test_what_must_come_before_a_list_of_numbers_is_said(refused, main, argv, first):
-    line = refused(main, argv)
-    assert argv[0] in line and repr(argv[-1]) in line and f"{first} comes before" in line
-
-
 OWN = ("path/07-mine.safetensors", "path/step-mine.safetensors", "snapshots/2024-best.safetensors",
        ".notes.unfinished", "figures/.x.unfinished/mine")
 
 
-def test_overwriting_spares_names_that_only_resemble_a_runs(recorded, tmp_path):
-    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+def test_overwriting_spares_names_that_only_resemble_a_runs(stage1):
+    out, argv = stage1
     for name in OWN:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("mine")
-    degrade.main(["toy2d", "--out", str(tmp_path), *DEGRADE, "--overwrite"])
-    assert all((tmp_path / name).read_text() == "mine" for name in OWN)
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    degrade.main([*argv, "--overwrite"])
+    assert all((out / name).read_text() == "mine" for name in OWN)
 
 
 @pytest.mark.parametrize("place", ["figures", "path"])
-def test_what_lies_beyond_a_link_is_not_replaced(refused, recorded, tmp_path, place):
-    out, mine = tmp_path / "run", tmp_path / "mine"
-    shutil.copytree(recorded, out)
+def test_what_lies_beyond_a_link_is_not_replaced(refused, stage1, tmp_path, place):
+    (out, argv), mine = stage1, tmp_path / "mine"
     shutil.rmtree(out / place, ignore_errors=True)
     mine.mkdir()
     for name in ("path.png", "00.safetensors"):
         (mine / name).write_text("mine")
     (out / place).symlink_to(mine)
-    line = refused(degrade.main, ["toy2d", "--out", out, *DEGRADE, "--overwrite"])
-    assert "link" in line and {file.read_text() for file in mine.iterdir()} == {"mine"}
+    assert "link" in refused(degrade.main, [*argv, "--overwrite"])
+    assert {file.read_text() for file in mine.iterdir()} == {"mine"}
 
 
-def test_a_link_to_a_runs_whole_folder_is_that_run(recorded, tmp_path):
-    shutil.copytree(recorded, tmp_path / "run")
-    (tmp_path / "link").symlink_to(tmp_path / "run")
+def test_a_link_to_a_runs_whole_folder_is_that_run(stage1, tmp_path):
+    (tmp_path / "link").symlink_to(stage1[0])
     degrade.main(["toy2d", "--out", str(tmp_path / "link"), *DEGRADE, "--overwrite"])
 
 
-def test_a_folder_in_a_files_place_is_refused_before_anything_goes(refused, recorded, tmp_path):
-    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "metrics.json").mkdir()
-    (tmp_path / "student.safetensors").write_text("a student")
-    before = names(tmp_path)
-    line = refused(degrade.main, ["toy2d", "--out", tmp_path, *DEGRADE, "--overwrite"])
-    assert "metrics.json" in line and names(tmp_path) == before
+def test_a_folder_in_a_files_place_is_refused_before_anything_goes(refused, stage1):
+    out, argv = stage1
+    (out / "metrics.json").mkdir()
+    (out / "student.safetensors").write_text("a student")
+    before = names(out)
+    assert "metrics.json" in refused(degrade.main, [*argv, "--overwrite"])
+    assert names(out) == before
 
 
 @pytest.fixture
@@ -211,13 +195,6 @@ def test_a_sample_that_cannot_be_written_is_not_drawn(refused, monkeypatch, tmp_
     assert str(tmp_path / "file") in line and "--to" in line
 
 
-@pytest.mark.parametrize("flag", ["--start-sigma", "--sigma-data", "--lr-degrade", "--distance"])
-@pytest.mark.parametrize("value", ["1e30", "1e-30"])
-def test_a_number_whose_square_float32_lacks_is_refused(refused, flag, value):
-    line = refused(degrade.main, ["toy2d", flag, value])
-    assert flag in line and value.replace("1e", "1e+" if "-" not in value else "1e") in line
-
-
 def test_a_killed_download_goes_at_the_next_and_a_living_one_stays(monkeypatch, tmp_path):
     file, seen = tmp_path / "teacher.pkl", []
     left, lives, other = (tmp_path / f".{name}.a1b2c3d4.unfinished" for name in (
@@ -240,8 +217,7 @@ def test_a_killed_download_goes_at_the_next_and_a_living_one_stays(monkeypatch, 
 def test_an_index_of_shards_names_files_of_its_own_folder(tmp_path, shard):
     index = tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     files.save_json(index, {"weight_map": {} if shard is None else {"a": shard}})
-    with pytest.raises(disback.Refusal, match="index.json is no index of shards"):
-        layout.weights(tmp_path, "unet")
+    assert "index.json is no index of shards" in refusal(layout.weights, tmp_path, "unet")
 
 
 def test_the_tiny_pipeline_in_the_cache_has_the_modes_that_umask_asks_for(tmp_path):
@@ -253,8 +229,7 @@ def test_the_tiny_pipeline_in_the_cache_has_the_modes_that_umask_asks_for(tmp_pa
 def test_without_a_home_the_cache_must_be_named(monkeypatch):
     monkeypatch.setattr(os.path, "expanduser", lambda text: text)
     monkeypatch.delenv("DISBACK_CACHE")
-    with pytest.raises(disback.Refusal, match="DISBACK_CACHE"):
-        files.cached("x")
+    assert "DISBACK_CACHE" in refusal(files.cached, "x")
 
 
 def test_a_missing_package_is_a_line(refused):
@@ -279,8 +254,8 @@ def test_a_closed_folder_is_named_and_not_the_hidden_one_in_it(monkeypatch, tmp_
         raise PermissionError(13, "Permission denied", str(tmp_path / ".a.x1y2z3w4.unfinished"))
 
     monkeypatch.setattr(files.tempfile, "TemporaryDirectory", closed)
-    with pytest.raises(disback.Refusal, match=f"^permission denied: {tmp_path}$"):
-        files.atomically(tmp_path / "a", lambda _: None)
+    said = refusal(files.atomically, tmp_path / "a", lambda _: None)
+    assert said == f"permission denied: {tmp_path}"
 
 
 @pytest.mark.parametrize("read", [
@@ -302,15 +277,15 @@ def test_a_file_that_must_not_be_read_is_not_called_missing(recorded, monkeypatc
 def test_a_pipeline_of_pickles_alone_is_told_what_to_do(tmp_path):
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(disback.Refusal, match="model.bin is to be saved again as safetensors"):
-        layout.find(str(tmp_path), tmp_path)
+    said = refusal(layout.find, str(tmp_path), tmp_path)
+    assert "model.bin is to be saved again as safetensors" in said
 
 
 @pytest.mark.parametrize("held", [[1, 2], torch.zeros(3), {"state_dict": {}}, {"a": 1}])
 def test_a_students_file_without_plain_weights_says_so(tmp_path, held):
     torch.save(held, tmp_path / "x.bin")
-    with pytest.raises(disback.Refusal, match="x.bin .*no plain state_dict"):
-        model.load_unet(dict(tiny.unet().config), tmp_path / "x.bin")
+    said = refusal(model.load_unet, dict(tiny.unet().config), tmp_path / "x.bin")
+    assert "x.bin " in said and "no plain state_dict" in said
 
 
 def test_a_number_that_a_log_lacks_is_a_gap_in_the_figure(finished, tmp_path):
@@ -326,23 +301,22 @@ def test_a_number_that_a_log_lacks_is_a_gap_in_the_figure(finished, tmp_path):
                                   '{"step": 1, "swd": "a"}', '{"swd": 1}'])
 def test_a_line_of_the_log_that_cannot_be_is_refused(finished, line):
     (finished / "log.jsonl").write_text(line + "\n")
-    with pytest.raises(disback.Refusal, match="log.jsonl is broken: remove the lines"):
-        folder.read_log(finished)
+    assert "log.jsonl is broken: remove the lines" in refusal(folder.read_log, finished)
 
 
 @pytest.mark.parametrize("main, flags", [
     (degrade.main, DEGRADE), (degrade.main, [*DEGRADE, "--resume"]),
     (backtrack.main, BACKTRACK), (backtrack.main, [*BACKTRACK, "--resume"])])
 def test_a_folder_in_use_is_said_to_be_so_whatever_else_is_wrong(
-        refused, recorded, monkeypatch, tmp_path, main, flags):
+        refused, stage1, monkeypatch, main, flags):
     def held(handle, how):
         raise BlockingIOError
 
-    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "log.jsonl").write_text("")
-    (tmp_path / "path" / "path.json").unlink()
+    out, _ = stage1
+    (out / "log.jsonl").write_text("")
+    (out / "path" / "path.json").unlink()
     monkeypatch.setattr(fcntl, "lockf", held)
-    line = refused(main, ["toy2d", "--out", tmp_path, *flags])
+    line = refused(main, ["toy2d", "--out", out, *flags])
     assert "another process is at work" in line and "--overwrite" not in line
 
 
