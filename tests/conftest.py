@@ -46,6 +46,13 @@ def recorded(tmp_path_factory):
     return out
 
 
+@pytest.fixture
+def stage1(recorded, tmp_path):
+    """A copy of that stage's folder, and the command that made it."""
+    out = shutil.copytree(recorded, tmp_path / "run")
+    return out, ["toy2d", "--out", str(out), *DEGRADE]
+
+
 @pytest.fixture(scope="session")
 def completed(recorded, tmp_path_factory):
     """A finished run of both stages, without figures; copy it before writing to it."""

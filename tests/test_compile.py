@@ -22,7 +22,8 @@ def counter(monkeypatch):
     would break a graph in two raises, also where it leaves nothing before it."""
     counter, compiled = CompileCounter(), torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile",
-                        lambda net, **flags: compiled(net, backend=counter, fullgraph=True, **flags))
+                        lambda net, **flags: compiled(net, backend=counter, fullgraph=True,
+                                                      **flags))
     yield counter
     torch._dynamo.reset()
 

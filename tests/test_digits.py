@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import same
 
 from imagenet64 import digits
 
@@ -59,7 +60,7 @@ def test_no_seed_or_number_of_threads_changes_the_classifier_and_it_changes_neit
         weights.append(digits.trained().state_dict())
         digits.classifier()  # trained into the cache, then read from it
         assert torch.get_rng_state().equal(before) and torch.get_num_threads() == n
-    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+    assert same(*weights)
 
 
 def test_the_classifier_is_trained_once_and_again_when_its_training_changes(
@@ -67,10 +68,8 @@ def test_the_classifier_is_trained_once_and_again_when_its_training_changes(
     first = digits.classifier().state_dict()
     (file,) = empty_cache.iterdir()
     written = file.stat().st_mtime_ns
-    assert all(t.equal(first[name]) for name, t in digits.classifier().state_dict().items())
+    assert same(digits.classifier().state_dict(), first)
     assert file.stat().st_mtime_ns == written
     monkeypatch.setattr(digits, "STEPS", 6)
     assert not digits.classifier().head.weight.equal(first["head.weight"])
     assert len(list(empty_cache.iterdir())) == 2
-
-

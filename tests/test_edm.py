@@ -90,24 +90,6 @@ def test_d_is_float32_whatever_comes_in_and_float64_where_the_weights_are(net, r
     assert net.double()(ref["x"], ref["sigma"]).dtype == torch.float64
 
 
-@torch.no_grad()
-def test_every_block_the_embedding_and_the_raw_output_agree_with_the_original(net, ref):
-    seen = {}
-    for half in ("enc", "dec"):
-        for name, block in net.model.get_submodule(half).items():
-            block.register_forward_hook(
-                lambda _, args, out, name=f"{half}.{name}": seen.update({name: (args, out[1])}))
-    net.model.register_forward_hook(lambda _, args, out: seen.update(F=out))
-    net(ref["x"], ref["sigma"], ref["labels"])
-    blocks = [name[4:] for name in ref if name.startswith("act/")]
-    assert [name for name in seen if name != "F"] == blocks and len(blocks) == 11
-    for name in blocks:
-        thin = 2 if "8x8" in name else 3
-        assert far(seen[name][1][:, ::thin, ::thin], ref[f"act/{name}"]) <= 2e-5, name
-    assert far(seen["dec.8x8_in0"][0][1], ref["emb"]) <= 2e-5
-    assert far(seen["F"], ref["F"]) <= 2e-5
-
-
 def test_attention_reads_heads_then_channels_then_q_k_v():
     """The tiny network has one head; this is the layout that the weights of several need."""
     torch.manual_seed(0)

@@ -1,21 +1,19 @@
 """A run's folder: whose files go, who may use it at a time, and what is refused before any work."""
 
-import json
 import shutil
 import stat
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BACKTRACK, DEGRADE, ROOT, refusal
+from conftest import BACKTRACK, DEGRADE, edit, read, refusal, same
+from processes import Started
 
 import backtrack
 import degrade
 import disback
-from runtime import command, files, folder, run
-from runtime.interface import Config
+from runtime import command, files, run
 
 
 def everything(out):
@@ -48,7 +46,7 @@ def test_a_new_stage_1_takes_all_that_the_old_run_wrote_and_nothing_else(finishe
     assert all(file.read_text() == "mine" for file in mine)
     held = {file.relative_to(out).parts[0] for file in everything(out).keys() - mine}
     assert held == {".disback.lock", "config.json", "path"}
-    assert list(json.loads((out / "config.json").read_text())) == ["degrade"]
+    assert list(read(out / "config.json")) == ["degrade"]
 
 
 @pytest.mark.parametrize("main, words", [
@@ -65,20 +63,19 @@ def test_a_run_of_another_problem_is_never_overwritten_nor_joined(
 
 
 def test_a_finished_student_is_never_offered_for_overwriting(finished, refused):
+    """Nor where but one of its two last files is left."""
     out, argv = finished
     assert "overwrite" not in refused(backtrack.main, argv)
     (out / "state.pt").write_bytes(b"broken")
     assert "overwrite" not in refused(backtrack.main, [*argv, "--resume"])
     (out / "state.pt").unlink()
+    (out / "metrics.json").rename(out / "kept")
     line = refused(backtrack.main, [*argv, "--resume"])
     assert "overwrite" not in line and "student.safetensors" in line
-
-
-@pytest.mark.parametrize("flag", ["--out", "--path", "--compare"])
-def test_an_empty_path_is_refused(refused, monkeypatch, tmp_path, flag):
-    monkeypatch.chdir(tmp_path)
-    line = refused(backtrack.main, ["toy2d", *BACKTRACK, flag, ""])
-    assert "empty" in line and not list(tmp_path.iterdir())
+    (out / "kept").rename(out / "metrics.json")
+    (out / "student.safetensors").unlink()
+    for flags in ([], ["--resume"]):
+        assert "overwrite" not in refused(backtrack.main, [*argv, *flags])
 
 
 def test_a_tilde_is_the_home_folder_and_an_empty_variable_counts_as_unset(monkeypatch, tmp_path):
@@ -91,18 +88,22 @@ def test_a_tilde_is_the_home_folder_and_an_empty_variable_counts_as_unset(monkey
 
 def test_a_second_process_in_a_folder_is_refused_until_the_first_is_dead(refused, tmp_path):
     """The first is killed, and so cannot tidy up."""
-    hold = ("import sys, pathlib\nfrom runtime import folder\n"
-            "folder.lock(pathlib.Path(sys.argv[1]))\nprint('held', flush=True)\nsys.stdin.read()")
-    first = subprocess.Popen([sys.executable, "-c", hold, tmp_path], cwd=ROOT, text=True,
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert first.stdout.readline() == "held\n"
-    before = everything(tmp_path)
+    out, held = tmp_path / "run", tmp_path / "held"
+    first = Started(f"""
+import pathlib, time
+from runtime import folder
+folder.lock(pathlib.Path({str(out)!r}))
+pathlib.Path({str(held)!r}).touch()
+time.sleep(300)
+""")
+    first.wait_for(held.exists)
+    before = everything(out)
     for flags in ([], ["--overwrite"]):
-        argv = ["toy2d", "--out", tmp_path, *DEGRADE, *flags]
+        argv = ["toy2d", "--out", out, *DEGRADE, *flags]
         assert "another process" in refused(degrade.main, argv)
-    assert everything(tmp_path) == before
-    first.kill()
-    first.communicate()
+    assert everything(out) == before
+    first.process.kill()
+    first.ended()
     degrade.main(list(map(str, argv)))
 
 
@@ -130,18 +131,18 @@ def test_a_link_in_the_place_of_a_file_is_replaced_not_followed(tmp_path):
 
 
 def test_a_run_of_constant_rates_can_be_prolonged_to_the_bits_of_the_longer_one(
-        recorded, tmp_path, no_figures):
-    argv = ["toy2d", "--path", str(recorded / "path"), *BACKTRACK, "--decay", "constant"]
-    backtrack.main([*argv, "--out", str(tmp_path / "long"), "--steps", "12"])
-    backtrack.main([*argv, "--out", str(tmp_path / "short"), "--steps", "7"])
-    backtrack.main([*argv, "--out", str(tmp_path / "short"), "--steps", "12", "--resume",
-                    "--log-every", "3", "--save-every", "5", "--nodes", "2"])
-    long, short = ((tmp_path / name / "student.safetensors").read_bytes()
-                   for name in ("long", "short"))
-    assert long == short
-    assert json.loads((tmp_path / "short" / "metrics.json").read_text())["steps"] == 12
-    config = json.loads((tmp_path / "short" / "config.json").read_text())["backtrack"]
+        recorded, tmp_path, no_figures, refused):
+    argv = ["toy2d", "--path", str(recorded / "path"), *BACKTRACK, "--decay", "constant", "--out"]
+    short = tmp_path / "short"
+    backtrack.main([*argv, str(tmp_path / "long"), "--steps", "12"])
+    backtrack.main([*argv, str(short), "--steps", "7"])
+    backtrack.main([*argv, str(short), "--steps", "12", "--resume", "--log-every", "3",
+                    "--save-every", "5", "--nodes", "2"])
+    assert same(tmp_path / "long", short)
+    assert read(short / "metrics.json")["steps"] == 12
+    config = read(short / "config.json")["backtrack"]
     assert config["backtrack_steps"] == 12 and config["log_every"] == 3
+    assert "is at step 12" in refused(backtrack.main, [*argv, short, "--steps", "3", "--resume"])
 
 
 @pytest.mark.parametrize("main, flags, why", [
@@ -150,53 +151,21 @@ def test_a_run_of_constant_rates_can_be_prolonged_to_the_bits_of_the_longer_one(
     (degrade.main, ["--steps", "99"], "nodes are spread"),
     (degrade.main, ["--nodes", "2"], "--nodes"), (degrade.main, ["--width", "7"], "--width")])
 def test_a_resume_by_other_flags_is_refused_before_a_teacher_is_trained(
-        finished, refused, monkeypatch, main, flags, why):
+        finished, refused, no_training, main, flags, why):
     out, argv = finished
     argv = argv if main is backtrack.main else [*argv[:3], *DEGRADE]
-    monkeypatch.setattr("toy2d.problem.trained_teacher", lambda *_: pytest.fail("trained"))
     assert why in refused(main, [*argv, *flags, "--resume"])
 
 
-def test_fewer_steps_than_are_done_are_refused(recorded, refused, tmp_path, no_figures):
-    argv = ["toy2d", "--path", str(recorded / "path"), *BACKTRACK, "--decay", "constant", "--out",
-            str(tmp_path)]
-    backtrack.main(argv)
-    assert "is at step" in refused(backtrack.main, [*argv, "--steps", "3", "--resume"])
-
-
-@pytest.mark.parametrize("change", [
-    None, {"problem": "sdxl"}, {"network_evals": {"stage1": -1, "stage2": 1}}, {"steps": "many"},
-    {"network_evals": None}])
-def test_what_cannot_be_compared_with_is_refused_before_a_teacher_is_trained(
-        finished, recorded, refused, monkeypatch, tmp_path, change):
-    other, argv = finished
-    file = other / "metrics.json"
-    if change:
-        file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    else:
-        file.unlink()
-    monkeypatch.setattr("toy2d.problem.trained_teacher", lambda *_: pytest.fail("trained"))
-    new = ["toy2d", "--path", recorded / "path", *BACKTRACK, "--out", tmp_path / "new"]
-    line = refused(backtrack.main, [*new, "--compare", other])
-    assert str(other) in line and not (tmp_path / "new").exists()
-
-
 @pytest.mark.parametrize("name, value", [
-    ("network_evals", -5), ("network_evals", "many"), ("positions", [0, 1, 2, 3, float("nan")]),
-    ("steps", 7)])
+    ("network_evals", -5), ("network_evals", "many"), ("steps", 7), ("steps", [0, "many", 2, 3, 4]),
+    ("steps", [0, 1, -1, 3, 4]), ("positions", [0, 1, 2, 3, float("nan")]),
+    ("positions", [0, float("nan"), 2, 3, 4]), ("positions", [0, 1, None, 3, 4])])
 def test_a_number_of_the_path_that_cannot_be_is_refused_before_a_teacher_is_trained(
-        recorded, refused, monkeypatch, tmp_path, name, value):
-    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
-    file = tmp_path / "path" / "path.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
-    monkeypatch.setattr("toy2d.problem.trained_teacher", lambda *_: pytest.fail("trained"))
-    line = refused(backtrack.main, ["toy2d", "--out", tmp_path, *BACKTRACK])
-    assert "path.json" in line
-
-
-def test_a_stage_refuses_the_flags_of_the_other(refused):
-    for main, flag in ((degrade.main, "--lr-student"), (backtrack.main, "--lr-degrade")):
-        assert flag in refused(main, ["toy2d", flag, "1"])
+        stage1, refused, no_training, name, value):
+    out, _ = stage1
+    edit(out / "path" / "path.json", **{name: value})
+    assert "path.json" in refused(backtrack.main, ["toy2d", "--out", out, *BACKTRACK])
 
 
 def test_help_shows_the_values_of_the_preset_that_is_named(capsys):
@@ -207,11 +176,10 @@ def test_help_shows_the_values_of_the_preset_that_is_named(capsys):
         assert size in text.split("--size INT")[2].split("--")[0]
 
 
-def test_compiling_without_a_compiler_is_refused_at_once(refused, monkeypatch):
+def test_compiling_without_a_compiler_is_refused_at_once(refused, monkeypatch, no_training):
     monkeypatch.setenv("PATH", "/nowhere")
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("toy2d.problem.trained_teacher", lambda *_: pytest.fail("trained"))
     line = refused(degrade.main, ["toy2d", "--compile"])
     assert "compiler" in line and "--no-compile" in line
 
@@ -248,10 +216,3 @@ def test_stage_2_asks_for_the_room_of_two_checkpoints(monkeypatch, tmp_path):
     made = run.Run.__new__(run.Run)
     made.stage, made.nets, made.optimizers = "backtrack", nets, {"a": None}
     assert made.room(None) == 2 * 4 * (6 + 2 + 2 * 6)
-
-
-def test_what_matters_to_a_stage_is_said_by_the_fields():
-    first, second = (folder.what_matters(Config(), stage) for stage in ("degrade", "backtrack"))
-    assert {"batch", "lr_degrade", "nodes"} <= set(first) and "lr_fake" not in first
-    assert {"batch", "lr_fake", "interval"} <= set(second) and "lr_degrade" not in second
-    assert not {"save_every", "log_every"} & (set(first) | set(second))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import jvp
 
 import disback
-from toy2d import mixture, model, problem
+from toy2d import metrics, mixture, model, problem
 from toy2d.gallery import (
     __main__,
     boot,
@@ -250,7 +250,7 @@ def test_swiftbrush_needs_no_data(toy, monkeypatch):
         raise AssertionError("asked for data")
 
     monkeypatch.setattr(mixture.Mixture, "sample", lambda self, n: (
-        z_of(n) if n == 10_000 else refuse()))
+        z_of(n) if n == metrics.Evaluation.samples else refuse()))
     swiftbrush.train(toy(0))
     tbcm.train(toy(0))
 

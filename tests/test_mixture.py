@@ -10,6 +10,12 @@ from toy2d import metrics, mixture
 PRESETS = [mixture.ring, mixture.grid, mixture.uneven, mixture.ring16]
 
 
+@pytest.fixture(autouse=True)
+def all_samples(monkeypatch):
+    """As many as the toy is measured by; conftest.py takes fewer."""
+    monkeypatch.setattr(metrics.Evaluation, "samples", 10_000)
+
+
 def in_double(m):
     return mixture.Mixture(m.weights.double(), m.means.double(), m.stds.double())
 

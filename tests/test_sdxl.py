@@ -476,20 +476,20 @@ def test_pictures_of_a_file_of_weights_do_not_go_beside_it(run, base, tmp_path, 
 def test_generate_makes_a_picture_of_each_prompt_and_seed_that_no_other_changes(
         run, tmp_path, capsys):
     """One of a seed that is given twice; of long prompts it tells."""
-    argv = ["a dog", "q " * 80, "--student", str(run / "student"), "--seeds", "1", "2", "1"]
-    generate.main([*argv, "--out", str(tmp_path / "many")])
-    assert "1 of 2 prompts have over 77 tokens" in capsys.readouterr().err
-    generate.main([*argv, "--out", str(tmp_path / "few"), "--batch", "1"])
-    names = [f"0{prompt}-{seed}.png" for prompt in (0, 1) for seed in (1, 2)]
-    assert sorted(file.name for file in (tmp_path / "many").iterdir()) == [*names, "grid.png"]
-    pictures = [np.asarray(Image.open(tmp_path / "many" / name)).astype(int) for name in names]
-    for name, picture in zip(names, pictures):
-        alone = np.asarray(Image.open(tmp_path / "few" / name)).astype(int)
-        assert np.abs(alone - picture).max() <= 1
-    assert all((one != other).any() for i, one in enumerate(pictures) for other in pictures[:i])
-    sheet = np.asarray(Image.open(tmp_path / "many" / "grid.png"))
-    rows = [np.concatenate(pictures[i:i + 2], axis=1) for i in (0, 2)]
-    assert np.array_equal(sheet, np.concatenate(rows))
+    def pictures(folder, *flags):
+        generate.main(["a dog", "q " * 80, "--student", str(run / "student"), "--seeds", "1", "2",
+                       "1", "--out", str(tmp_path / folder), *flags])
+        assert "1 of 2 prompts have over 77 tokens" in capsys.readouterr().err
+        assert sorted(file.name for file in (tmp_path / folder).iterdir()) == names
+        return [np.asarray(Image.open(tmp_path / folder / name)).astype(int) for name in names]
+
+    names = [f"0{prompt}-{seed}.png" for prompt in (0, 1) for seed in (1, 2)] + ["grid.png"]
+    *many, grid = pictures("many")
+    for one, other in zip(many, pictures("few", "--batch", "1")):
+        assert np.abs(one - other).max() <= 1
+    assert all((one != other).any() for i, one in enumerate(many) for other in many[:i])
+    rows = [np.concatenate(many[i:i + 2], axis=1) for i in (0, 2)]
+    assert np.array_equal(grid, np.concatenate(rows))
 
 
 def test_a_student_that_is_the_teacher_generates_what_the_teacher_would(base, tmp_path):

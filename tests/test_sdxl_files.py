@@ -6,7 +6,7 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from conftest import refusal
+from conftest import refusal, same
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -33,10 +33,7 @@ def test_parts_in_shards_are_those_in_one_file_in_fp16_as_well(base, mine, varia
     assert layout.find(str(mine), mine) == mine
     assert len(layout.weights(mine, "unet")[0]) > 2
     for part, kind in KINDS.items():
-        found, expected = (model.load_part(kind, folder, part).state_dict()
-                           for folder in (mine, base))
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+        assert same(*(model.load_part(kind, folder, part).state_dict() for folder in (mine, base)))
     bank = text.embed(mine, ["a dog"], mine)
     assert torch.equal(bank["text"], text.embed(base, ["a dog"], mine / "other")["text"])
     assert "261,684 parameters" in problem.dry_run(settings.Config(model=str(mine)))
@@ -79,7 +76,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("part", KINDS)
+@pytest.mark.parametrize("part", ["vae", "text_encoder_2"])  # of diffusers and transformers
 def test_each_part_of_a_pipeline_is_loaded_strictly(mine, part, change):
     (file,), _ = layout.weights(mine, part)
     weights = load_file(file)
@@ -88,7 +85,7 @@ def test_each_part_of_a_pipeline_is_loaded_strictly(mine, part, change):
     line = refusal(model.load_part, KINDS[part], mine, part)
     assert str(file) in line and "does not hold this" in line
     assert change in line or change in ("shape", "_orig_mod")
-    if change == "_orig_mod" and part in ("unet", "vae"):
+    if change == "_orig_mod" and part == "vae":
         assert "'_orig_mod." in line
 
 

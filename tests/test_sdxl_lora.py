@@ -7,9 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import make, refusal
+from conftest import make, refusal, same
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
 
 import backtrack
 import degrade
@@ -113,8 +112,7 @@ def test_both_stages_run_resume_and_serve_the_sum_of_base_and_adapters(
     monkeypatch.setattr("sdxl.figures.draw", lambda *args: None)
     cut_off(2 * 2 + 1, backtrack.main, [*argv, "--out", cut])
     backtrack.main([*argv, "--out", str(cut), "--resume"])
-    whole, resumed = (load_file(run / "student.safetensors") for run in (out, cut))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert same(out, cut)
     made = make(problem, "tiny", rank=4)
     files.load_net(out / "student.safetensors", made.student)
     served = UNet2DConditionModel.from_pretrained(out / "student" / "unet")

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from conftest import ROOT, make, refusal
+from conftest import ROOT, edit, make, refusal
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -28,12 +28,6 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 @pytest.fixture
 def offline(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
-def edit(file, **changes):
-    """Change entries of a JSON file, and drop those that become `...`."""
-    held = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({name: value for name, value in held.items() if value is not ...}))
 
 
 @pytest.mark.parametrize("changes, cause", [
@@ -75,7 +69,8 @@ def test_a_file_that_is_missing_or_broken_is_named_before_anything_is_computed(
     assert cause in line and name in line and str(mine) in line and "unet/config.json" not in line
 
 
-def test_a_model_that_is_not_sdxl_is_refused(mine):
+def test_a_model_that_is_not_sdxl_is_refused_before_its_text_encoders_are_read(mine, monkeypatch):
+    monkeypatch.setattr(text, "embed", lambda *_: pytest.fail("embedded"))
     edit(mine / "model_index.json", _class_name="StableDiffusionPipeline")
     assert "not SDXL but StableDiffusionPipeline" in refusal(
         make, problem, "tiny", model=str(mine))

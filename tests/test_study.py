@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import SMALL
+from conftest import TINY, read
 from processes import SERVER
 from safetensors.torch import load_file
 
@@ -26,7 +26,6 @@ from runtime.study import words
 from toy2d import mixture, study, study_figures, study_runs
 from toy2d.study import STUDY
 
-TINY = dict(zip((word[2:].replace("-", "_") for word in SMALL[::2]), map(int, SMALL[1::2])))
 CELL = {"both": TINY | {"batch": 64},
         "stage2": {"weighting": "eps", "interval": 2, "ema": 0.5}}  # averages follow soon
 STAGE1 = {"steps": 12, "nodes": 4}
@@ -45,7 +44,7 @@ def test_runs_advanced_together_are_those_of_the_stages(arm, tmp_path, no_figure
         backtrack.main(["toy2d", "--out", str(out), *words(
             both | CELL["stage2"] | arm.get("stage2", {}) | {
                 "steps": together["steps"], "lr_student": lr_student, "lr_fake": lr_fake})])
-        alone = json.loads((out / "metrics.json").read_text())
+        alone = read(out / "metrics.json")
         for name in ("swd", "off_mode", "mode_tv"):
             assert together["final"][name][i] == pytest.approx(alone[name], rel=1e-4, abs=2e-4)
         budget = 25 * 8 * 64
