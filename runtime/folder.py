@@ -162,7 +162,8 @@ def claim(args: Any, problem: Problem, stage: str, settings: dict, need: int) ->
                      "accumulate": args.accumulate, "shard": args.shard, "compile": args.compile,
                      "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
     files.save_json(args.out / "config.json", stages)
-    files.sweep(args.out, *(args.out / name for name in ("path", "snapshots", "figures")))
+    for name in ("", "path", "snapshots", "figures"):
+        files.sweep(args.out / name)
     ranks.barrier()
 
 

@@ -232,21 +232,16 @@ def test_a_number_whose_square_float32_lacks_is_refused(refused, flag, value):
     assert flag in line and value.replace("1e", "1e+" if "-" not in value else "1e") in line
 
 
-def test_a_killed_download_goes_at_the_next_and_a_living_one_stays(monkeypatch, tmp_path):
+def test_a_killed_download_goes_at_the_next(monkeypatch, tmp_path):
     file, seen = tmp_path / "teacher.pkl", []
-    left, lives, other = (tmp_path / f".{name}.a1b2c3d4.unfinished" for name in (
-        "teacher.pkl", "teacher.pkl.x", "inception.pt"))
-    lives = tmp_path / ".teacher.pkl.lives123.unfinished"
-    for place in (left, lives, other):
+    left, other = (tmp_path / f".{name}.a1b2c3d4.unfinished" for name in (
+        "teacher.pkl", "inception.pt"))
+    for place in (left, other):
         place.mkdir()
         (place / "x.partial").write_bytes(b"half")
-    with download.alive(left):
-        pass  # its process has ended
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, to: (
         seen.append(left.exists()), open(to, "wb").close()))
-    with download.alive(lives):
-        download.fetch("http://x", file, lambda _: None)
-        assert (lives / "x.partial").exists()
+    download.fetch("http://x", file, lambda _: None)
     assert seen == [False] and other.exists() and file.exists()
 
 
