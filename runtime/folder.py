@@ -230,7 +230,5 @@ def check_finished(run: Path, problem: str) -> None:
         for name in ("stage1", "stage2"):
             check_number(run / "metrics.json", name, about["network_evals"][name])
         check_number(run / "metrics.json", "steps", about["steps"] or None)
-        for line in read_log(run):
-            for name in ("mismatch", "network_evals"):
-                check_number(run / "log.jsonl", name, line[name])
+    read_log(run)
     read_snapshots(run)

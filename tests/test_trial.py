@@ -343,7 +343,7 @@ def test_another_models_pipeline_is_named_before_its_text_encoders_are_read(monk
 def test_a_number_that_a_log_lacks_is_a_gap_in_the_figure(finished, tmp_path):
     file = finished / "log.jsonl"
     file.write_text(file.read_text() + '{"step": 2}\n')
-    for draw in (lambda png: plots.draw_convergence(png, finished, None, "other", "", 1.0, ""),
+    for draw in (lambda png: plots.draw_convergence(png, [finished], "other", "", 1.0, ""),
                  lambda png: figures.draw_mismatch(png, [finished])):
         draw(tmp_path / "x.png")
         (tmp_path / "x.png").unlink()
