@@ -85,12 +85,12 @@ def test_a_tilde_of_nobody_makes_no_folder(refused, monkeypatch, tmp_path):
     assert "--out" in line and "~no-such-user/x" in line and not names(tmp_path)
 
 
-@pytest.mark.parametrize("main, argv, first", [
-    (sample.main, ["--classes", "3", "7", "runs/digits"], "RUN"),
-    (generate.main, ["--seeds", "1", "2", "a cat"], "PROMPT")])
-def test_what_must_come_before_a_list_of_numbers_is_said(refused, main, argv, first):
+@pytest.mark.parametrize("main, argv", [
+    (sample.main, ["--classes", "3", "7", "runs/digits"]),
+    (generate.main, ["--seeds", "1", "2", "a cat"])])
+def test_what_must_come_before_a_list_of_numbers_is_named(refused, main, argv):
     line = refused(main, argv)
-    assert argv[0] in line and repr(argv[-1]) in line and f"{first} comes before" in line
+    assert argv[0] in line and repr(argv[-1]) in line
 
 
 OWN = ("path/07-mine.safetensors", "path/step-mine.safetensors", "snapshots/2024-best.safetensors",
