@@ -40,7 +40,7 @@ def edit(file, **changes):
     ({"size": 36}, "size must be divisible by 8"), ({"timestep": 1000}, "timestep"),
     ({"t_min": 500, "t_max": 400}, "--t-min"), ({"t_max": 1000}, "--t-max"),
     ({"guidance": -1.0}, "guidance"), ({"precision": "fp16"}, "precision"),
-    ({"store": "fp16"}, "store"), ({"clip": 0.0}, "clip"),
+    ({"clip": 0.0}, "clip"),
     ({"switch": "adaptive"}, "networks that are not guided")])
 def test_values_that_make_no_sense_are_refused_by_name(changes, cause):
     assert cause in refusal(make, problem, "tiny", **changes)
