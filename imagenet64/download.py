@@ -1,16 +1,13 @@
 """Fetching the files that preset full needs: what comes is checked before it gets a file's name."""
 
-import contextlib
-import fcntl
 import http.client
-import os
-import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 import disback
 from runtime import files
@@ -30,37 +27,22 @@ def fetch(url: str, file: Path, check: Callable[[Path], object]) -> Path:
         print(f"downloading {url}", file=sys.stderr)
         socket.setdefaulttimeout(60)  # torch.hub would wait for a silent server for ever
         try:
-            with alive(beside.parent):
-                torch.hub.download_url_to_file(url, str(beside))
-                check(beside)
+            torch.hub.download_url_to_file(url, str(beside))
+            check(beside)
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise disback.Refusal(
                 f"cannot download {url}, or what was sent is another file or not whole "
                 f"({error.__cause__ or error}): try again, or put the file at {file} by hand"
             ) from error
 
-    if not file.exists():
-        bury(file)
-        files.atomically(file, download)
+    if file.exists():
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f".{file.name}.lock")):  # another process that fetches it
+        if not file.exists():
+            files.sweep(file.parent, file.name)  # killed downloads, which may be gigabytes
+            files.atomically(file, download)
     return file
-
-
-@contextlib.contextmanager
-def alive(folder: Path) -> Iterator[None]:
-    """While this lasts, and its process lives, a file in the download's folder is locked."""
-    with open(folder / "born", "w") as handle:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            os.rename(folder / "born", folder / "alive")
-        yield
-
-
-def bury(file: Path) -> None:
-    """Remove what killed downloads of `file` left, which may be gigabytes."""
-    for folder in file.parent.glob(f".{file.name}.{'?' * 8}{files.UNFINISHED}"):
-        with contextlib.suppress(OSError), open(folder / "alive", "r+") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where it is alive
-            shutil.rmtree(folder)
 
 
 def check_inception(file: Path) -> None:

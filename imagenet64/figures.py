@@ -38,8 +38,9 @@ def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None, 
     draw_path(folder / "path.png", nodes, snapshots)
     draw_pairs(folder / "teacher_student.png", nodes[0], snapshots[-1][1]["x0"])
     if floor is not None:
-        draw_convergence(folder / "convergence.png", out, compare, "frechet",
-                         "Fréchet distance to the digits", floor, "two halves of the data")
+        draw_convergence(folder / "convergence.png", [out, compare] if compare else [out],
+                         "frechet", "Fréchet distance to the digits", floor,
+                         "two halves of the data")
 
 
 def draw_path(file: Path, nodes: list[Tensor], snapshots: list) -> None:

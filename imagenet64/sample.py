@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     add_source(parser)
     parser.add_argument("--images", type=int, default=40, help="how many (40)")
     parser.add_argument("--seed", type=int, default=0, help="of the first image (0)")
-    parser.add_argument("--classes", type=command.number_after("RUN"), nargs="+", metavar="C",
+    parser.add_argument("--classes", type=int, nargs="+", metavar="C",
                         help="in turn, after RUN (random, each from its image's seed)")
     parser.add_argument("--to", type=command.path, help=".png or .npz file (RUN/samples.png)")
     args = parser.parse_args(argv)

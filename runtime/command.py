@@ -67,17 +67,6 @@ def path(text: str) -> Path:
     return Path(whole)
 
 
-def number_after(positional: str) -> Callable[[str], int]:
-    """The type of a flag that takes many numbers, and would take a `positional` for one."""
-    def number(text: str) -> int:
-        try:
-            return int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number; {positional} comes "
-                                             "before this flag") from None
-    return number
-
-
 def check_compiler() -> None:
     """Refuse --compile where the compiler of what torch generates is missing."""
     named = os.environ.get("CXX"), os.environ.get("CC")

@@ -44,12 +44,11 @@ def atomically(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None
             os.replace(beside, file)
 
 
-def sweep(*folders: pathlib.Path) -> None:
-    """Remove what a killed run left half written in these folders of its own."""
-    for folder in folders:
-        for torn in folder.glob(f".*.{'?' * 8}{UNFINISHED}"):  # as tempfile ends names
-            if torn.is_dir() and not torn.is_symlink():
-                shutil.rmtree(torn)
+def sweep(folder: pathlib.Path, name: str = "*") -> None:
+    """Remove what killed processes left half written of files of that name in a folder."""
+    for torn in folder.glob(f".{name}.{'?' * 8}{UNFINISHED}"):  # as tempfile ends names
+        if torn.is_dir() and not torn.is_symlink():
+            shutil.rmtree(torn)
 
 
 def save_tensors(file: pathlib.Path, tensors: dict[str, Tensor]) -> None:

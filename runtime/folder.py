@@ -162,7 +162,8 @@ def claim(args: Any, problem: Problem, stage: str, settings: dict, need: int) ->
                      "accumulate": args.accumulate, "shard": args.shard, "compile": args.compile,
                      "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
     files.save_json(args.out / "config.json", stages)
-    files.sweep(args.out, *(args.out / name for name in ("path", "snapshots", "figures")))
+    for name in ("", "path", "snapshots", "figures"):
+        files.sweep(args.out / name)
     ranks.barrier()
 
 
@@ -229,7 +230,5 @@ def check_finished(run: Path, problem: str) -> None:
         for name in ("stage1", "stage2"):
             check_number(run / "metrics.json", name, about["network_evals"][name])
         check_number(run / "metrics.json", "steps", about["steps"] or None)
-        for line in read_log(run):
-            for name in ("mismatch", "network_evals"):
-                check_number(run / "log.jsonl", name, line[name])
+    read_log(run)
     read_snapshots(run)

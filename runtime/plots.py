@@ -20,30 +20,29 @@ from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 DATA, TARGET, STUDENT, OTHER = "#b8b8b8", "#d95f02", "#1f5fa8", "#7a3fa0"
 
 
-def draw_convergence(file: Path, out: Path, compare: Path | None, metric: str, label: str,
-                     floor: float, floors_name: str) -> None:
-    """A metric of log.jsonl and the mismatch degree against network evaluations, those of stage 1
-    before them; `floor` is the least that the metric can reach."""
+def curves(axes: dict[str, plt.Axes], runs: list[Path], in_steps: bool = False) -> None:
+    """Columns of log.jsonl, each on its axis, of finished runs: against steps, or against millions
+    of network evaluations, those of stage 1, shaded, before them. Dotted: the target switched."""
+    for run, color in zip(runs, (STUDENT, OTHER)):
+        lines, metrics = read_log(run), files.load_json(run / "metrics.json", "finish that run")
+        evals, names = metrics["network_evals"], {"disback": "DisBack", "vsd": "VSD"}
+        start, scale = (0, 1) if in_steps else (
+            evals["stage1"] / 1e6, evals["stage2"] / 1e6 / metrics["steps"])
+        for column, axis in axes.items():
+            axis.plot([start + scale * line["step"] for line in lines],
+                      [line.get(column, math.nan) for line in lines], ".-", color=color,
+                      markersize=4, label=names[metrics["method"]])
+            for step, _ in switches(read_snapshots(run)):
+                axis.axvline(start + scale * step, color=color, linewidth=0.8, linestyle=":")
+            if start:
+                axis.axvspan(0, start, color=color, alpha=0.12, linewidth=0)
+
+
+def draw_convergence(file: Path, runs: list[Path], metric: str, label: str, floor: float,
+                     floors_name: str) -> None:
+    """A metric and the mismatch degree; `floor` is the least that the metric can reach."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6.5), sharex=True, layout="constrained")
-    for run, color in ((out, STUDENT), (compare, OTHER)):
-        if run is None:
-            continue
-        lines = read_log(run)
-        metrics = files.load_json(run / "metrics.json", "finish that run first")
-        stage1 = metrics["network_evals"]["stage1"]
-        at = [(stage1 + line.get("network_evals", math.nan)) / 1e6 for line in lines]
-        name = {"disback": "DisBack", "vsd": "VSD"}[metrics["method"]]
-        name += f" (stage 1: {stage1 / 1e6:.2f} M)" if stage1 else ""
-        top.plot(at, [line.get(metric, math.nan) for line in lines], color=color, label=name)
-        bottom.plot(at, [line.get("mismatch", math.nan) for line in lines], color=color, label=name)
-        if stage1:
-            for axis in (top, bottom):
-                axis.axvspan(0, stage1 / 1e6, color=color, alpha=0.12, linewidth=0)
-        evals_a_step = metrics["network_evals"]["stage2"] / metrics["steps"]
-        for step, _ in switches(read_snapshots(run)):
-            for axis in (top, bottom):
-                axis.axvline((stage1 + evals_a_step * step) / 1e6, color=color, linewidth=0.8,
-                             linestyle=":")
+    curves({metric: top, "mismatch": bottom}, runs)
     top.set(yscale="log", ylabel=label,
             title="Convergence (shaded: stage 1; dotted: the target has switched)")
     top.axhline(floor, color=DATA, linewidth=1)

@@ -18,7 +18,7 @@ from runtime import files, interface, ranks
 from sdxl import figures, generate, layout, memory, model, text
 from sdxl.settings import Config
 
-OF_PATH = ("size", "timestep", "rank", "store")
+OF_PATH = ("size", "timestep", "rank")
 SHOWN = 6  # pictures that are kept at every checkpoint and switch
 
 
@@ -66,7 +66,6 @@ def assemble(config: Config, seed: int, device: torch.device | str, teacher: mod
     sample_inputs = partial(draw_inputs, bank=bank, shape=(4, side, side))
     torch.manual_seed(seed)  # the snapshots' noise and prompts, which the figures use as well
     shown = sample_inputs(SHOWN)
-    halved = config.store == "bf16"
     return interface.Problem(
         config=config, about={name: getattr(config, name) for name in OF_PATH},
         teacher=teacher, student=copy.deepcopy(teacher), generate=step,
@@ -78,8 +77,7 @@ def assemble(config: Config, seed: int, device: torch.device | str, teacher: mod
         evaluate=lambda student: evaluate(student, step, shown), snapshot=lambda: shown,
         draw=lambda *_: None, guide=partial(model.guide, scale=config.guidance), guide_evals=2,
         clip=config.clip, disk=memory.path_bytes(teacher, config),
-        pack=(lambda net: model.difference(net, teacher)) if halved else nn.Module.state_dict,
-        load_node=model.add_difference if halved else None,
+        pack=lambda net: model.difference(net, teacher), load_node=model.add_difference,
         blocks=(BasicTransformerBlock, ResnetBlock2D))
 
 

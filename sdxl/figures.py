@@ -2,7 +2,6 @@
 
 import textwrap
 from collections.abc import Callable
-from math import nan
 from pathlib import Path
 
 import torch
@@ -10,9 +9,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 import disback
-from runtime import files
-from runtime.plots import of_nodes, plt, read_snapshots, save, switches
-from runtime.records import read_log
+from runtime.plots import curves, of_nodes, plt, read_snapshots, save, switches
 
 
 def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None, vae: AutoencoderKL,
@@ -69,20 +66,11 @@ def sheet(file: Path, title: str, rows: list[tuple[str, list]], prompts: list[st
 
 
 def draw_mismatch(file: Path, runs: list[Path]) -> None:
-    """The mismatch degree of each run over its iterations, and where its target switched."""
+    """The mismatch degree of each run over its iterations."""
     figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
-    for run, color in zip(runs, ("#b5452c", "#3a6ea5")):
-        lines = read_log(run)
-        axis.plot([line["step"] for line in lines], [line.get("mismatch", nan) for line in lines],
-                  color=color, marker=".",
-                  label=files.load_json(run / "metrics.json", "finish the run")["method"])
-        held = moments(run)
-        for (_, before, _), (step, node, _) in zip(held, held[1:]):
-            if node != before:
-                axis.axvline(step, color=color, linewidth=0.8, linestyle=":")
-    axis.set(xlabel="iteration", ylabel="mismatch degree", ylim=(0, None),
-             title="Fake and target apart (dotted: the target has switched)")
-    axis.title.set_fontsize(10)
+    curves({"mismatch": axis}, runs, in_steps=True)
+    axis.set(xlabel="iteration", ylabel="mismatch degree", ylim=(0, None))
+    axis.set_title("Fake and target apart (dotted: the target has switched)", fontsize=10)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend()
     save(figure, file)

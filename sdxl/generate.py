@@ -28,8 +28,8 @@ def main(argv: list[str]) -> None:
                         "weights, or a name on the hub: SYZhang0805/DisBack (default: runs/sdxl)")
     parser.add_argument("--base", help="folder or hub's name of the pipeline around the UNet "
                         f"(default: the student's own, or {BASE})")
-    parser.add_argument("--seeds", nargs="+", type=command.number_after("PROMPT"), default=[0],
-                        help="of the noise (0)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0],
+                        help="of the noise, after PROMPT (0)")
     parser.add_argument("--out", type=command.path, help="folder of the PNGs (default: "
                         "images in the run's folder, or runs/images)")
     parser.add_argument("--batch", type=int, default=4, help="pictures at a time (4)")

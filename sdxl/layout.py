@@ -20,18 +20,11 @@ PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
 def weights(folder: Path, part: str) -> tuple[list[Path], str | None]:
     """The files of a part's weights, a whole or shards, in fp32 or else in fp16, and diffusers'
     name for that. Where there is none, the name of one that is missing."""
-    stem = folder / part / PARTS[part]
-    for variant, end in ((None, ""), ("fp16", ".fp16")):
-        index, whole = Path(f"{stem}.safetensors.index{end}.json"), Path(f"{stem}{end}.safetensors")
-        if index.is_file():
-            with files.blame(f"{index} is no index of shards: fetch it again"):
-                shards = set(files.load_json(index, "fetch it again")["weight_map"].values())
-                if not shards or any(Path(name).name != name for name in shards):
-                    raise ValueError("it names no files of its own folder")
-                return sorted(index.parent / name for name in shards), variant
-        if whole.is_file():
-            return [whole], variant
-    return [Path(f"{stem}.safetensors")], None
+    found = sorted((folder / part).glob(f"{PARTS[part]}*.safetensors"))
+    whole = [file for file in found if ".fp16" not in file.name]
+    if found:
+        return (whole, None) if whole else (found, "fp16")
+    return [folder / part / f"{PARTS[part]}.safetensors"], None
 
 
 def read(folder: Path) -> list[Path]:

@@ -65,7 +65,7 @@ def table(unet_config: dict, config: Any, side: int) -> str:
         taken = batch * (checkpointed if config.checkpointing == "yes" else stored)
         rows += [(f"batch {batch}: activations, about", taken, taken),
                  (f"batch {batch}: in all, about", static[0] + taken, static[1] + taken)]
-    node = trained / 2 if config.store == "bf16" else trained
+    node = trained / 2  # in bf16
     most = candidates(config)
     disk = [("the path", trained + config.nodes * node, trained + most * node),
             ("a checkpoint of stage 1", 3 * trained, 6 * trained),
@@ -81,8 +81,7 @@ def table(unet_config: dict, config: Any, side: int) -> str:
 def path_bytes(teacher: nn.Module, config: Any) -> int:
     """What stage 1 takes on disk at most: node 0, candidates, a checkpoint and the next one."""
     weights = teacher.state_dict().values()
-    return sum(7 * w.nbytes + candidates(config) * (
-        2 * w.numel() if config.store == "bf16" else w.nbytes) for w in weights)
+    return sum(7 * w.nbytes + candidates(config) * 2 * w.numel() for w in weights)
 
 
 def candidates(config: Any) -> int:

@@ -25,8 +25,6 @@ class Config(interface.Config):
     t_min: int = setting(
         20, "least timestep of the student's update, as DMD2; the fake's are 0 to 999", zero=True)
     t_max: int = setting(980, "its largest timestep")
-    store: Literal["whole", "bf16"] = setting(
-        "bf16", "a node's weights, or their difference to the teacher")
     clip: float = setting(10.0, "largest norm of a gradient, as DMD2")
     rank: int = setting(0, "of the LoRA adapters that are trained, through peft; 0: all weights "
                         "are trained", zero=True)

@@ -20,14 +20,8 @@ SHIPPED = Path(__file__).with_name("prompts.txt")
 def read_prompts(file: str | Path) -> list[str]:
     """The lines of a UTF-8 text file that are not blank, ended by line feeds alone; Refusal where
     there are none."""
-    try:
+    with files.blame(f"{file} cannot be read: --prompts takes a UTF-8 text file, a prompt a line"):
         lines = Path(file).expanduser().read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise disback.Refusal(f"{file} is not UTF-8 at byte {error.start}: save it as UTF-8, a "
-                              "prompt a line") from error
-    except OSError as error:
-        raise disback.Refusal(f"{file} cannot be read: --prompts takes a text file, a prompt a "
-                              f"line ({error})") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise disback.Refusal(f"{file} is empty: it takes a prompt a line")

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pickle
+import random
 import resource
 import struct
 import sys
@@ -19,6 +20,7 @@ from conftest import ROOT, refusal
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import disback
 from imagenet64 import edm, pickles
 from runtime import files
 
@@ -249,13 +251,22 @@ def network(**members):
     return checkpoint(assembled(**members))
 
 
+def laughs(levels):
+    """Modules that hold the one before twice: a file of levels, a network of 2**levels."""
+    module = assembled(parameters=items(weight=tensor())) + b"q\x00"
+    for level in range(levels):
+        module = assembled(modules=items(a=module, b=b"h" + bytes([level])))
+        module += b"q" + bytes([level + 1])
+    return checkpoint(module)
+
+
 class Code:
     def __reduce__(self):
         return exec, (TRIPWIRE,)
 
 
 RUN = MARK + text(TRIPWIRE) + b"tR"  # calls what is on the stack
-HUGE = 2**62
+HUGE, DEEP = 2**62, b")" + b"\x85" * 150_000
 DICT, MODULES = "collections.OrderedDict", "torch.nn.modules.container.ModuleDict"
 TENSOR = "torch._utils._rebuild_tensor_v2"
 NAMES = {full: (parameter(call(full, text(TRIPWIRE))), full) for full in (
@@ -310,7 +321,8 @@ HOSTILE = NAMES | {
     # networks
     "a module within itself": (checkpoint(name(MODULES) + b")\x81q\x00" + items(
         _parameters=b"}", _buffers=b"}", _modules=items(m=b"h\x00"),
-        _non_persistent_buffers_set=b"\x8f") + b"b"), "recursion"),
+        _non_persistent_buffers_set=b"\x8f") + b"b"), "occurs twice"),
+    "modules that double": (laughs(7), "occurs twice"),
     "a parameter that is none": (parameter(b"K\x01"), "no attribute"),
     "a parameter without numbers": (parameter(assembled()), "weight is not a tensor"),
     "a module that is none": (network(modules=items(m=b"K\x01")), "no attribute"),
@@ -323,10 +335,15 @@ HOSTILE = NAMES | {
     "an ema that is a tensor": (checkpoint(tensor()), "IndexError"),
     "more after its end": (parameter(tensor()) + b"x", "after its end"),
     "a protocol to come": (b"\x80\x06}.", "protocol"),
-    "text longer than the file": (parameter(b"X\xff\xff\xff\x00x"), "truncated"),
-    "nothing": (b"", "EOF"),
-    "text, no pickle": (b"<!DOCTYPE html><html>404</html>", "UnpicklingError"),
-    "a safetensors file": (b"\x08\0\0\0\0\0\0\0{}      ", "UnpicklingError"),
+    "text longer than the file": (parameter(b"X\xff\xff\xff\x00x"), "only 69 remain"),
+    "bytes longer than any memory": (parameter(b"\x8e" + b"\xff" * 7 + b"\x7f"), "too large"),
+    "tuples nested deep for a key": (parameter(b"}" + DEEP + b"Ns"), "too many tuples"),
+    "tuples nested deep in a set": (parameter(b"\x8f(" + DEEP + b"\x90"), "too many tuples"),
+    "a huge memo slot": (parameter(b"K\x01r\xff\xff\xff\x7f"), "a place in the memo"),
+    "a mark that is missing": (parameter(b"ttttt"), "UnpicklingError"),
+    "nothing": (b"", ""),
+    "text, no pickle": (b"<!DOCTYPE html><html>404</html>", "unknown"),
+    "a safetensors file": (b"\x08\0\0\0\0\0\0\0{}      ", "unknown"),
 }
 
 
@@ -355,3 +372,28 @@ def test_the_fixture_cut_off_anywhere_is_refused():
     for end in range(0, len(data), 9973):
         Path("cut.pkl").write_bytes(data[:end])
         assert "download it again" in refusal(pickles.load, Path("cut.pkl"))
+
+
+class Small(torch.nn.Module):
+    """Of everything in a checkpoint one, so that most of its bytes are structure."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc = torch.nn.ModuleDict({"8x8": torch.nn.Linear(2, 1), "down": edm.Resample("up")})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_changed_byte_is_refused_or_read_and_nothing_else():
+    """A name or a shape that it hits is refused by the strict loading that follows."""
+    file = io.BytesIO()
+    dump(Small(), file)
+    rng, refused = random.Random(0), 0
+    for _ in range(500):
+        damaged = bytearray(file.getvalue())
+        damaged[rng.randrange(len(damaged))] ^= rng.randrange(1, 256)
+        Path("in.pkl").write_bytes(damaged)
+        try:
+            pickles.load(Path("in.pkl"))
+        except (disback.Refusal, MemoryError):
+            refused += 1
+    assert 100 < refused < 490

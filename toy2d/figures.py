@@ -13,16 +13,16 @@ import disback
 from runtime import files
 from runtime.plots import (
     DATA,
-    OTHER,
     STUDENT,
     TARGET,
+    curves,
     draw_convergence,
     of_nodes,
     plt,
     save,
     switches,
 )
-from runtime.records import read_log, read_snapshots
+from runtime.records import read_snapshots
 from toy2d import trajectory
 from toy2d.diagnosis import EARLY, Diagnosis, answers
 from toy2d.metrics import Evaluation
@@ -49,9 +49,9 @@ def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None, 
         draw_mismatch(folder / "mismatch.png", path, net, snapshots[0][1]["x0"], data)
     limits = diagnosis.limits
     draw_path(folder / "path.png", nodes, snapshots, points, limits)
-    draw_convergence(folder / "convergence.png", out, compare, "swd",
-                     "SWD of the student to the data", sum(floors) / 20, "two sets of data")
     runs = [out, compare] if compare else [out]
+    draw_convergence(folder / "convergence.png", runs, "swd", "SWD of the student to the data",
+                     sum(floors) / 20, "two sets of data")
     draw_mechanism(folder / "mechanism.png", runs, data)
     draw_gif(folder / "backtracking.gif", runs, nodes, points, limits)
     trajectory.write(folder / "trajectory.html", out, snapshots, nodes, points, diagnosis)
@@ -156,15 +156,9 @@ def draw_mechanism(file: Path, runs: list[Path], data: Mixture) -> None:
               "fake_bias": "the fake's bias at the student's samples",
               "teacher_error": "the teacher's error at the student's samples"}
     figure, axes = plt.subplots(2, 2, figsize=(9.6, 6), sharex=True, layout="constrained")
-    for run, color in zip(runs, (STUDENT, OTHER)):
-        lines = read_log(run)
-        for axis, (name, title) in zip(axes.flat, panels.items()):
-            axis.plot([line["step"] for line in lines],
-                      [line.get(name, np.nan) for line in lines], ".-", color=color,
-                      label=method_of(run))
-            axis.set_title(title, fontsize=10)
-            for step, _ in switches(read_snapshots(run)):
-                axis.axvline(step, color=color, linewidth=0.8, linestyle=":")
+    curves(dict(zip(panels, axes.flat)), runs, in_steps=True)
+    for axis, title in zip(axes.flat, panels.values()):
+        axis.set_title(title, fontsize=10)
     axes[0, 1].axhline(spread, color=DATA)
     axes[0, 1].text(0.01, spread, "the data's", color="#808080", fontsize=8, va="bottom",
                     transform=axes[0, 1].get_yaxis_transform())
