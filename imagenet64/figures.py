@@ -25,8 +25,7 @@ COLUMNS = 10  # images in a row, of as many classes, the same in every row
 @torch.no_grad()
 def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None, net: nn.Module,
          sample: Callable[[nn.Module], Tensor], floor: float | None) -> None:
-    """Write path.png, teacher_student.png and, where the distance to the data was measured,
-    convergence.png to `out`/figures.
+    """Write path.png and, where the distance to the data was measured, convergence.png.
 
     `net` is a denoiser that the nodes are loaded into; sample(net) draws images [40, c, h, w] from
     it, by many steps, of the snapshots' noise and labels; `floor`: what halves of the data differ.
@@ -36,7 +35,6 @@ def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None, 
     snapshots = read_snapshots(out)
     nodes = of_nodes(path, net, lambda net: sample(net).cpu())
     draw_path(folder / "path.png", nodes, snapshots)
-    draw_pairs(folder / "teacher_student.png", nodes[0], snapshots[-1][1]["x0"])
     if floor is not None:
         draw_convergence(folder / "convergence.png", [out, compare] if compare else [out],
                          "frechet", "Fréchet distance to the digits", floor,
@@ -66,18 +64,6 @@ def draw_path(file: Path, nodes: list[Tensor], snapshots: list) -> None:
         for axis, (images, name) in zip(column[len(column) - len(part):], part):
             show(axis, images[:COLUMNS])
             axis.text(-0.01, 0.5, name, transform=axis.transAxes, ha="right", va="center")
-    save(figure, file)
-
-
-def draw_pairs(file: Path, teacher: Tensor, student: Tensor) -> None:
-    """Teacher and student side by side, from the same noise and labels."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 2.9), layout="constrained")
-    for axis, images, title, color in ((axes[0], teacher, "Teacher, 35 evaluations", TARGET),
-                                       (axes[1], student, "Student, 1 evaluation", STUDENT)):
-        show(axis, images)
-        axis.set_title(title, color=color)
-        axis.set_axis_off()
-    figure.suptitle("Same noise and labels at the same places")
     save(figure, file)
 
 

@@ -53,7 +53,7 @@ PRESETS = {"tiny": TINY, "full": FULL, "diff-instruct": DIFF_INSTRUCT}
 NETWORKS = {"digits": dict(img_resolution=8, img_channels=1, label_dim=10, model_channels=32,
                            channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,)),
             "imagenet": dict(img_resolution=64, img_channels=3, label_dim=1000)}
-WRITES = ("figures/path.png", "figures/teacher_student.png", "figures/convergence.png")
+WRITES = ("figures/path.png", "figures/convergence.png")
 OF_TEACHER = ("images", "teacher", "teacher_steps", "teacher_lr")
 OF_PATH = (*OF_TEACHER, "start", "start_sigma")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline
+from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCardData, hf_hub_download
 from PIL import Image
 
@@ -33,7 +34,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=command.path, help="folder of the PNGs (default: "
                         "images in the run's folder, or runs/images)")
     parser.add_argument("--batch", type=int, default=4, help="pictures at a time (4)")
-    parser.add_argument("--steps", type=int, choices=[1], default=1, help="the student makes 1")
     args = parser.parse_args(argv)
     if args.batch < 1 or any(not 0 <= seed < 2**63 for seed in args.seeds):
         command.refuse("--batch must be 1 or more, and --seeds from 0 to 2**63 - 1")
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     del images[len(jobs):]
     for i, (image, (_, seed)) in enumerate(zip(images, jobs)):
         save_png(out / f"{i // len(seeds):02d}-{seed}.png", image)
-    save_png(out / "grid.png", grid(images, len(seeds)))
+    save_png(out / "grid.png", make_image_grid(images, len(args.prompts), len(seeds)))
     if ranks.rank() == 0:
         print(f"{len(images)} pictures and grid.png are in {out}")
 
@@ -135,15 +135,6 @@ def pictures(pipe: StableDiffusionXLPipeline, about: dict,
         raise disback.Refusal("a picture is not finite: the student, or the VAE of its base, has "
                               "weights too large; name another by --student or --base")
     return torch.from_numpy((images * 255).round().astype("uint8"))
-
-
-def grid(images: list, columns: int) -> Image.Image:
-    """All images on one sheet, row by row."""
-    width, height = images[0].size
-    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * width, i // columns * height))
-    return sheet
 
 
 def save_png(file: Path, image: Image.Image) -> None:

@@ -3,11 +3,9 @@
 import functools
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+from matplotlib.animation import FuncAnimation, PillowWriter
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import disback
 from runtime import files
@@ -187,7 +185,7 @@ def draw_gif(file: Path, runs: list[Path], nodes: list[Tensor], points: Tensor,
     figure, axes = plt.subplots(1, len(runs), figsize=(3.9 * len(runs), 4.2), dpi=80,
                                 layout="constrained", squeeze=False)
     style = dict(marker=".", linestyle="", markersize=2.5)
-    panels, images = [], []
+    panels = []
     for run, axis in zip(runs, axes.flat):
         axis.set(xlim=limits, ylim=limits, xticks=[], yticks=[], aspect="equal", title=" ")
         axis.plot(*points.T, color=DATA, label="data", **style)
@@ -198,8 +196,8 @@ def draw_gif(file: Path, runs: list[Path], nodes: list[Tensor], points: Tensor,
     axes[0, 0].legend(loc="lower right", markerscale=3)
     figure.canvas.draw()
     figure.set_layout_engine("none")  # laid out once: again for every picture takes longest
-    shown = [step for step in panels[0][0] if step <= EARLY or step % 400 == 0]
-    for now in tqdm(shown, f"figures: {file.name}"):
+
+    def show(now: int) -> None:
         for snapshots, known, axis, target, student, method in panels:
             kept = snapshots[max([step for step in snapshots if step <= now] or [min(snapshots)])]
             node = int(kept["node"])
@@ -207,10 +205,8 @@ def draw_gif(file: Path, runs: list[Path], nodes: list[Tensor], points: Tensor,
             student.set_data(*kept["student"].T)
             where = f"node {node}" if node else "the teacher"
             axis.set_title(f"{method}, iteration {now}: to {where}", fontsize=10)
-        figure.canvas.draw()
-        images.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-                      .quantize(32))
+
+    shown = [step for step in panels[0][0] if step <= EARLY or step % 400 == 0]
+    animation = FuncAnimation(figure, show, shown + 12 * shown[-1:])  # it rests on the last
+    files.atomically(file, lambda beside: animation.save(beside, PillowWriter(fps=6)))
     plt.close(figure)
-    times = [160] * (len(images) - 1) + [2000]  # ms; it rests on the last
-    files.atomically(file, lambda beside: images[0].save(
-        beside, "GIF", save_all=True, append_images=images[1:], duration=times, loop=0))
