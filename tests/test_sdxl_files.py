@@ -59,9 +59,12 @@ def test_a_shard_that_is_missing_or_cut_is_found_before_anything_is_computed(min
     shard.unlink()
     assert f"lacks {shard.relative_to(mine)}" in refusal(layout.find, str(mine), mine)
     index = mine / "unet" / "diffusion_pytorch_model.safetensors.index.json"
-    for broken in ("{", "{}", '{"weight_map": {"a": 7}}', "[]"):
+    for broken in ("{", "{}", "[]"):
         index.write_text(broken)
         assert "index.json" in refusal(layout.find, str(mine), mine)
+    for shards in ({}, {"a": 7}, {"a": "../elsewhere.safetensors"}, {"a": "/etc/x.safetensors"}):
+        files.save_json(index, {"weight_map": shards})
+        assert "index.json is no index of shards" in refusal(layout.find, str(mine), mine)
 
 
 CHANGES = {
