@@ -352,6 +352,7 @@ HOSTILE = OPCODES | NAMES | {
     "a storage that is empty": (stored(b""), "malformed"),
     # tensors
     "an offset beyond the storage": (shaped(offset=1), "larger than its storage"),
+    "a negative offset": (shaped(offset=-1), "impossible"),
     "a negative stride": (shaped(stride=(-1,), offset=5), "impossible"),
     "strides that spread few numbers": (shaped(size=(6, 6), stride=(0, 1)), "larger"),
     "a stride of 0 and a huge size": (shaped(size=(HUGE,), stride=(0,)), "impossible"),
