@@ -36,6 +36,14 @@ def cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture
+def all_samples(monkeypatch):
+    """Metrics of as many samples as the toy is measured by."""
+    from toy2d import metrics
+
+    monkeypatch.setattr(metrics.Evaluation, "samples", 10_000)
+
+
 @pytest.fixture(scope="session")
 def recorded(tmp_path_factory):
     """A finished stage 1 of the small toy; copy it before writing to it."""

@@ -925,7 +925,8 @@ def test_every_method_has_a_file_and_no_file_is_long():
         assert lines <= (120 if name in ("core", "__main__") else 80), name
 
 
-def test_the_committed_lines_are_of_the_present_code_and_make_the_table(tmp_path):
+def test_the_committed_lines_are_of_the_present_code_and_make_the_table(
+        tmp_path, all_samples):
     import shutil
 
     here = ROOT / "toy2d" / "gallery"

