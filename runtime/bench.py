@@ -218,19 +218,16 @@ def main(bench: Bench, every: int, argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(f"python -m {bench.name}.bench", allow_abbrev=False, epilog=(
         f"All other flags are those of backtrack.py {bench.name}."))
     parser.error = command.refuse
-    parser.add_argument("--batch", type=int, nargs="+", help="a column each; default: preset's")
-    parser.add_argument("--fake-updates", type=int, nargs="+", help="columns as well")
-    parser.add_argument("--iterations", type=int, default=every,
+    parser.add_argument("--batch", type=command.count, nargs="+",
+                        help="a column each; default: preset's")
+    parser.add_argument("--fake-updates", type=command.count, nargs="+", help="columns as well")
+    parser.add_argument("--iterations", type=command.count, default=every,
                         help="of which the mean is taken, three times (default: %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="on by default "
                         "on CUDA", default=torch.cuda.is_available())
     parser.add_argument("--profile", action="store_true",
                         help="the longest kernels of an iteration, instead of the table")
     args, others = parser.parse_known_args(argv)
-    for flag, numbers in (("--iterations", [args.iterations]), ("--batch", args.batch or []),
-                          ("--fake-updates", args.fake_updates or [])):
-        if any(number < 1 for number in numbers):
-            command.refuse(f"{flag} must be at least 1, not {min(numbers)}")
     batches = [["--batch", str(n)] for n in args.batch or []] or [[]]
     updates = [["--fake-updates", str(k)] for k in args.fake_updates or []] or [[]]
     settings = [(batch, more) for batch in batches for more in updates]

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import importlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from disback import Refusal
 from runtime import ranks
-from runtime.command import check_common, path, refuse
+from runtime.command import check_common, home, path, refuse
 from runtime.folder import enter, writes
 from runtime.interface import Config, Problem, flag_of
 
@@ -106,7 +105,7 @@ def add_settings(parser: argparse.ArgumentParser, stage: str, presets: dict[str,
         if elsewhere and field.name not in ("nodes", "interval") or not field.metadata["flag"]:
             continue
         group.add_argument(flag_of(field.name), dest=f"config.{field.name}",
-                           type=field.type if field.type in (int, float) else os.path.expanduser,
+                           type=field.type if field.type in (int, float) else home,
                            metavar="|".join(get_args(field.type)) or field.type.__name__.upper(),
                            help=f"{field.metadata['help']} ({getattr(presets[shown], field.name)})",
                            default=argparse.SUPPRESS)

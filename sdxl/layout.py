@@ -31,7 +31,8 @@ def weights(folder: Path, part: str) -> tuple[list[Path], str | None]:
                 return sorted(index.parent / name for name in shards), variant
         if whole.is_file():
             return [whole], variant
-    return [Path(f"{stem}.safetensors")], None
+    shards = any(stem.parent.glob(f"{stem.name}*-of-*.safetensors"))
+    return [Path(f"{stem}.safetensors" + shards * ".index.json")], None
 
 
 def read(folder: Path) -> list[Path]:
@@ -88,8 +89,10 @@ def find(model: str, cache: Path, flag: str = "--model") -> Path:
                 if not missing(folder):
                     break
     if lacking := missing(folder):
-        pickled = [str(file.relative_to(folder)) for file in sorted(folder.glob("*/*.bin"))]
-        kept = f"; {pickled[0]} is to be saved again as safetensors by diffusers" if pickled else ""
+        others = [str(file.relative_to(folder)) for kind in ("*/*.bin", "*/*.*.safetensors")
+                  for file in sorted(folder.glob(kind)) if file not in read(folder)]
+        kept = (f"; {others[0]} is to be saved again as safetensors by diffusers, whose only "
+                "variant that is read is fp16") if others else ""
         raise disback.Refusal(f"{folder} lacks {', '.join(lacking)}{kept}: "
                               + files.remedy(folder, takes))
     for part in PARTS:

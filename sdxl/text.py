@@ -28,6 +28,8 @@ def read_prompts(file: str | Path) -> list[str]:
     except OSError as error:
         raise disback.Refusal(f"{file} cannot be read: --prompts takes a text file, a prompt a "
                               f"line ({error})") from error
+    if any("\0" in line for line in lines):
+        raise disback.Refusal(f"{file} is no text, or UTF-16: save it as UTF-8, a prompt a line")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise disback.Refusal(f"{file} is empty: it takes a prompt a line")
