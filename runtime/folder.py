@@ -53,6 +53,7 @@ def enter(stage: str, args: Any) -> None:
         path = read_path(out / "path", known)
         must_agree(out / "path", {"nodes": len(path) - 1, "degrade_steps": path.about["steps"][-1]},
                    {name: known[name] for name in ("nodes", "degrade_steps")})
+        must_agree(out / "path", stages_of(out).get("degrade", {}), known, some=True)
     else:
         check_state(out, stage, known)
     if stage == "backtrack" and (args.target == "path" or args.fake_init == "degraded"):

@@ -518,3 +518,14 @@ def test_prompts_of_two_bytes_a_letter_are_no_utf_8(tmp_path):
     (tmp_path / "p.txt").write_bytes("a cat".encode("utf-16-le"))
     with pytest.raises(disback.Refusal, match="p.txt .*UTF-16: save it as UTF-8"):
         text.read_prompts(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize("flag, value", [("--lr-degrade", "0.5"), ("--batch", "128")])
+def test_a_recorded_path_is_not_taken_for_one_of_other_flags(
+        refused, recorded, tmp_path, flag, value):
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    argv = ["toy2d", "--out", tmp_path, *DEGRADE, "--resume"]
+    assert f"{flag} " in refused(degrade.main, [*argv, flag, value])
+    with pytest.raises(SystemExit) as ended:
+        degrade.main([*map(str, argv)])
+    assert not ended.value.code
