@@ -11,6 +11,7 @@ from filelock import FileLock
 
 import disback
 from runtime import files
+from runtime.errors import NO_ROOM
 
 NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/"
 TEACHER = NVIDIA + "edm/pretrained/edm-imagenet-64x64-cond-adm.pkl"
@@ -30,6 +31,8 @@ def fetch(url: str, file: Path, check: Callable[[Path], object]) -> Path:
             torch.hub.download_url_to_file(url, str(beside))
             check(beside)
         except (OSError, ValueError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) in NO_ROOM:
+                raise
             raise disback.Refusal(
                 f"cannot download {url}, or what was sent is another file or not whole "
                 f"({error.__cause__ or error}): try again, or put the file at {file} by hand"

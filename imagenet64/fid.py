@@ -37,15 +37,16 @@ def measure(batches_of_block: Callable[[int], Iterable[Tensor]], extract: Callab
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = command.parser("python -m imagenet64.fid", __doc__)
     sample.add_source(parser)
-    parser.add_argument("--images", type=int, help="of a block (50000; of an .npz: all it holds)")
-    parser.add_argument("--blocks", type=int, help="measured apart (3; of an .npz: 1)")
+    parser.add_argument("--images", type=command.count,
+                        help="of a block (50000; of an .npz: all it holds)")
+    parser.add_argument("--blocks", type=command.count,
+                        help="measured apart (3; of an .npz: 1)")
     parser.add_argument("--inception", type=command.path, help="TorchScript file (downloaded)")
     parser.add_argument("--reference", type=command.path,
                         help=".npz with mu and sigma (downloaded)")
     args = parser.parse_args(argv)
-    for name, least in (("images", 2), ("blocks", 1), ("batch", 1)):
-        if (value := getattr(args, name)) is not None and value < least:
-            command.refuse(f"--{name} must be at least {least}, not {value}")
+    if args.images == 1:
+        command.refuse("--images must be at least 2, which a covariance needs")
     if args.source.endswith(".npz") and (args.node is not None or args.steps is not None):
         command.refuse("--node and --steps are for weights, not for images in an .npz")
     return args

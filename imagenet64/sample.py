@@ -26,7 +26,7 @@ Images = Callable[[range], Iterable[tuple[Tensor, Tensor]]]  # seeds -> uint8 [n
 def main(argv: list[str]) -> None:
     parser = command.parser("python -m imagenet64.sample", __doc__)
     add_source(parser)
-    parser.add_argument("--images", type=int, default=40, help="how many (40)")
+    parser.add_argument("--images", type=command.count, default=40, help="how many (40)")
     parser.add_argument("--seed", type=int, default=0, help="of the first image (0)")
     parser.add_argument("--classes", type=int, nargs="+", metavar="C",
                         help="in turn, after RUN (random, each from its image's seed)")
@@ -36,8 +36,8 @@ def main(argv: list[str]) -> None:
     if file.suffix not in (".png", ".npz"):
         command.refuse(f"--to must be a .png or an .npz file, not {file}")
     files.must_take_files(file.parent, "--to")
-    if args.images < 1 or not 0 <= args.seed < 2**63 - args.images:
-        command.refuse("--images must be at least 1, --seed at least 0, and both below 2**63")
+    if not 0 <= args.seed < 2**63 - args.images:
+        command.refuse("--seed must be at least 0, and --seed + --images below 2**63")
     ranks.join_ranks()
     with ranks.first_rank_first():
         sample, _, _ = source(args, args.classes)
@@ -59,8 +59,9 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN", help="a run's folder, or: teacher")
     parser.add_argument("--node", type=int, help="a node of the run's path; 0 is the teacher")
     parser.add_argument("--preset", choices=problem.PRESETS, help="the run's, or the teacher's")
-    parser.add_argument("--steps", type=int, help="of Heun's method, for a node (18)")
-    parser.add_argument("--batch", type=int, default=64, help="images in memory at a time (64)")
+    parser.add_argument("--steps", type=command.count, help="of Heun's method, for a node (18)")
+    parser.add_argument("--batch", type=command.count, default=64,
+                        help="images in memory at a time (64)")
 
 
 def default_name(args: argparse.Namespace, name: str = "samples") -> Path:
@@ -77,9 +78,6 @@ def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
     Refuses a run of another problem or preset, a node that is not on its path, weights of another
     network, and classes that there are not.
     """
-    for name in ("steps", "batch"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            command.refuse(f"--{name} must be at least 1, not {value}")
     one_step = args.source != "teacher" and args.node is None
     if one_step and args.steps is not None:
         command.refuse("--steps is for a --node or the teacher; a student makes one")
@@ -98,7 +96,7 @@ def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
             raise disback.Refusal(f"{file} is not there yet: finish the run by backtrack.py "
                                   "--resume")
         if not one_step:
-            path = disback.DegradationPath(Path(args.source) / "path")
+            path = folder.read_path(Path(args.source) / "path", {})
             if not 0 <= args.node < len(path):
                 command.refuse(f"--node must be from 0 to {len(path) - 1}, not {args.node}")
             file = path.files[args.node]

@@ -153,16 +153,15 @@ def parse(bench: Bench, every: int, argv: Sequence[str]) -> tuple[argparse.Names
     """The benchmark's own flags, and those of the stage."""
     parser = command.parser(f"python -m {bench.name}.bench", "",
                             epilog=f"All other flags are those of backtrack.py {bench.name}.")
-    parser.add_argument("--batch", type=int, nargs="+", help="a table each; default: preset's")
-    parser.add_argument("--iterations", type=int, default=every,
+    parser.add_argument("--batch", type=command.count, nargs="+",
+                        help="a table each; default: preset's")
+    parser.add_argument("--iterations", type=command.count, default=every,
                         help="of which the mean is taken, three times (default: %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="on by default "
                         "on CUDA", default=torch.cuda.is_available())
     parser.add_argument("--profile", action="store_true",
                         help="the longest kernels of an iteration, instead of the table")
     args, others = parser.parse_known_args(argv)
-    if (least := min([args.iterations, *(args.batch or [])])) < 1:
-        command.refuse(f"--batch and --iterations must be at least 1, not {least}")
     return args, others
 
 

@@ -173,7 +173,8 @@ def main(argv: Sequence[str]) -> None:
     parser.error = command.refuse
     parser.add_argument("problems", nargs="*", default=PROBLEMS, metavar="PROBLEM",
                         help=f"of {', '.join(PROBLEMS)} (default: all)")
-    parser.add_argument("--steps", type=int, default=20, help="of either stage (default: 20)")
+    parser.add_argument("--steps", type=command.count, default=20,
+                        help="of either stage (default: 20)")
     args = parser.parse_args(argv)
     if unknown := sorted({*args.problems} - {*PROBLEMS}):
         command.refuse(f"there is no problem {unknown[0]}")

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import importlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -102,7 +101,7 @@ def add_settings(parser: argparse.ArgumentParser, stage: str, presets: dict[str,
         if field.metadata["stage"] not in ("", stage) and field.name not in ("nodes", "interval"):
             continue
         group.add_argument(flag_of(field.name), dest=f"config.{field.name}",
-                           type=field.type if field.type in (int, float) else os.path.expanduser,
+                           type=field.type if field.type in (int, float) else command.home,
                            metavar="|".join(get_args(field.type)) or field.type.__name__.upper(),
                            help=f"{field.metadata['help']} ({getattr(presets[shown], field.name)})",
                            default=argparse.SUPPRESS)

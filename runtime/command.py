@@ -34,7 +34,7 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
             end(2, f"{error}: pip install -r requirements.txt")
         if not isinstance(error, Refusal | OSError):
             raise
-        end(2, str(error))
+        end(2, errors.in_words(error))
     finally:
         folder.leave()
     if dist.is_initialized():
@@ -58,13 +58,24 @@ def parser(prog: str, doc: str, **more: Any) -> argparse.ArgumentParser:
     return made
 
 
-def path(text: str) -> Path:
-    """A path of the command line; ~ is the home folder, as in a shell."""
-    if not text:
-        raise argparse.ArgumentTypeError("a path must not be empty")
+def home(text: str) -> str:
+    """A word of the command line that may be a path; ~ is the home folder, as in a shell."""
     if (whole := os.path.expanduser(text)).startswith("~"):
         raise argparse.ArgumentTypeError(f"{text} is in no user's home; ./{text} is here")
-    return Path(whole)
+    return whole
+
+
+def path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("a path must not be empty")
+    return Path(home(text))
+
+
+def count(text: str) -> int:
+    """The type of a flag that says how many."""
+    if not 0 < int(text) < 2**40:
+        raise argparse.ArgumentTypeError(f"must be above 0 and below 2**40, not {text}")
+    return int(text)
 
 
 def check_compiler() -> None:

@@ -1,8 +1,10 @@
 """What a user has said wrong, and what fails on files and folders, in a user's words."""
 
 import contextlib
+import errno
 import os
 import pathlib
+import pickle
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -11,6 +13,7 @@ import torch
 from disback import Refusal
 
 UNFINISHED = ".unfinished"  # ends the name of a folder in which a file is being written
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a full disk, a quota, a limit on files
 
 
 @contextlib.contextmanager
@@ -23,12 +26,25 @@ def blame(what: str) -> Iterator[None]:
     except Exception as error:  # a file that is broken can fail in any way
         if out_of_memory(error):
             raise
-        if isinstance(error, PermissionError):
-            place = pathlib.Path(error.filename or what)
-            place = place.parent if place.name.endswith(UNFINISHED) else place
-            raise Refusal(f"permission denied: {place}") from error
-        why = getattr(error, "strerror", None) or str(error)[:300]
-        raise Refusal(f"{what} ({type(error).__name__}: {why})") from error
+        raise Refusal(in_words(error, what)) from error
+
+
+def in_words(error: Exception, what: str = "") -> str:
+    """The cause, and what helps: the system's own where it says it, else that in `what`."""
+    name, number = getattr(error, "filename", None) or what, getattr(error, "errno", None)
+    if isinstance(error, FileNotFoundError) and not error.filename:  # safetensors: it cannot read
+        name = str(error).partition(": ")[2]
+        number = errno.EACCES if os.path.lexists(name) else number
+    if number == errno.EACCES or isinstance(error, PermissionError):
+        place = pathlib.Path(name)
+        place = place.parent if place.name.endswith(UNFINISHED) else place
+        return f"permission denied: {place}: change its mode, or name another"
+    why = getattr(error, "strerror", None) or str(error)[:300]
+    if number in NO_ROOM:
+        return f"{what or name}: {why}: make room, or write elsewhere"
+    if isinstance(error, pickle.UnpicklingError):  # torch would advise to trust the file
+        why = "it is no file of torch's, or holds more than tensors"
+    return f"{what} ({type(error).__name__}: {why})" if what else str(error)
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -36,9 +36,9 @@ def atomically(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None
                 write(beside)
                 with open(beside, "rb+") as handle:
                     os.fsync(handle.fileno())
-            except Exception as error:
-                if shutil.disk_usage(folder).free < 2**16:  # not every writer says so
-                    raise Refusal(f"the disk is full: cannot write {file}{kept}") from error
+            except Exception:
+                with open(beside, "ab") as probe:  # not every writer says that there is no room
+                    probe.write(bytes(2**16))
                 raise
             os.chmod(beside, 0o666 & ~UMASK)  # some writers leave 0600
             os.replace(beside, file)

@@ -53,6 +53,7 @@ def enter(stage: str, args: Any) -> None:
         path = read_path(out / "path", known)
         must_agree(out / "path", {"nodes": len(path) - 1, "degrade_steps": path.about["steps"][-1]},
                    {name: known[name] for name in ("nodes", "degrade_steps")})
+        must_agree(out / "path", stages_of(out).get("degrade", {}), known, some=True)
     else:
         check_state(out, stage, known)
     if stage == "backtrack" and (args.target == "path" or args.fake_init == "degraded"):
@@ -151,11 +152,16 @@ def claim(args: Any, problem: Problem, stage: str, settings: dict, need: int) ->
     if ranks.rank() > 0:
         return ranks.barrier()
     if shutil.disk_usage(args.out).free < need:
-        raise Refusal(f"{args.out} has less than {need / 1e9:.1f} GB free: name another --out")
+        raise Refusal(f"{args.out} has less than {need / 1e9:.2g} GB free: name another --out")
     for file in own(args) if not args.resume else ():
         file.unlink()
         with contextlib.suppress(OSError):  # other files are in that folder
             file.parent.rmdir()
+    left = sorted({file.name for file in args.out.iterdir()} - {
+        "path", "snapshots", "figures", "config.json", ".disback.lock"})
+    if left and args.overwrite:
+        print(f"note: {args.out} keeps what its stages do not write, maybe of the run before: "
+              + ", ".join(left))
     stages = stages_of(args.out) if stage == "backtrack" or args.resume else {}
     stages[stage] = {"problem": args.problem, "preset": args.preset, "seed": args.seed,
                      **dataclasses.asdict(problem.config), **settings, "ranks": ranks.world_size(),

@@ -36,7 +36,7 @@ class Config:
     degrade_steps: int = stage1(200, "training steps of this stage")
     backtrack_steps: int = stage2(2000, "iterations: an update of the student, then the fake's")
     batch: int = setting(512, "samples in a batch, of all ranks together")
-    nodes: int = stage1(10, "N, the nodes that are recorded after the teacher")
+    nodes: int = stage1(10, "N, the nodes that are recorded after the teacher", below=10_000)
     spacing: Literal["arc", "linear", "log"] = stage1("arc", "of nodes, by distance or by steps")
     interval: int = stage2(10, "iterations that the target stays at a node")
     switch: Literal["interval", "adaptive"] = stage2("interval", "adaptive: the fake has caught up")

@@ -57,13 +57,11 @@ class Study:
         parser.error = command.refuse
         parser.add_argument("--quick", action="store_true",
                             help=f"a small plan, in runs/study/{problem}")
-        parser.add_argument("--jobs", type=int, default=os.cpu_count(),
+        parser.add_argument("--jobs", type=command.count, default=os.cpu_count(),
                             help="processes (all cores)")
         parser.add_argument("--figures-only", action="store_true",
                             help="draw the lines that are there")
         args = parser.parse_args(argv)
-        if args.jobs < 1:
-            command.refuse(f"--jobs must be at least 1, not {args.jobs}")
         quick = Path("runs/study", problem)
         file = (quick if args.quick else self.folder) / "lines.jsonl"
         if args.figures_only and not file.exists():

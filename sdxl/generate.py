@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline
 from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCardData, hf_hub_download
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import disback
 from runtime import command, files, ranks, results
@@ -19,37 +20,42 @@ from sdxl import layout, model, text
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 WEIGHTS = "SDXL_DisBack.bin"  # the name of the published weights, and of the student's
 ABOUT = "disback.json"
+MADE_BY = "DisBack, python -m sdxl.generate"  # in the pictures, which alone are replaced
 CARD = Path(__file__).with_name("card.md")
 
 
 def main(argv: list[str]) -> None:
     parser = command.parser("python -m sdxl.generate", __doc__)
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a picture for each and seed")
-    parser.add_argument("--student", default="runs/sdxl", help="a run's folder, a file of a UNet's "
-                        "weights, or a name on the hub: SYZhang0805/DisBack (default: runs/sdxl)")
-    parser.add_argument("--base", help="folder or hub's name of the pipeline around the UNet "
-                        f"(default: the student's own, or {BASE})")
+    parser.add_argument("--student", type=command.home, default="runs/sdxl", help="a run's "
+                        "folder, a file of a UNet's weights, or a name on the hub: "
+                        "SYZhang0805/DisBack (default: runs/sdxl)")
+    parser.add_argument("--base", type=command.home, help="folder or hub's name of the pipeline "
+                        f"around the UNet (default: the student's own, or {BASE})")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0],
                         help="of the noise, after PROMPT (0)")
     parser.add_argument("--out", type=command.path, help="folder of the PNGs (default: "
                         "images in the run's folder, or runs/images)")
-    parser.add_argument("--batch", type=int, default=4, help="pictures at a time (4)")
+    parser.add_argument("--batch", type=command.count, default=4, help="pictures at a time (4)")
     args = parser.parse_args(argv)
-    if args.batch < 1 or any(not 0 <= seed < 2**63 for seed in args.seeds):
-        command.refuse("--batch must be 1 or more, and --seeds from 0 to 2**63 - 1")
+    if any(not 0 <= seed < 2**63 for seed in args.seeds):
+        command.refuse("--seeds must be from 0 to 2**63 - 1")
     run = Path(args.student).expanduser()
     out = args.out or (run if (run / "student").is_dir() else Path("runs")) / "images"
     with files.blame(f"--out takes a folder, which {out} is not"):
         if args.out or run in out.parents:  # else there may be no student
             out.mkdir(parents=True, exist_ok=True)
             files.must_take_files(out, "--out")
+    seeds = list(dict.fromkeys(args.seeds))  # a seed that is given twice makes one picture
+    jobs = [(prompt, seed) for prompt in args.prompts for seed in seeds]
+    names = [out / f"{i // len(seeds):02d}-{seed}.png" for i, (_, seed) in enumerate(jobs)]
+    for file in (*names, out / "grid.png"):
+        check_ours(file)
     ranks.join_ranks()
     with ranks.first_rank_first():
         pipe, about = load(args.student, args.base)
     if ranks.rank() == 0:
         text.note_long(args.prompts, pipe.tokenizer)
-    seeds = list(dict.fromkeys(args.seeds))  # a seed that is given twice makes one picture
-    jobs = [(prompt, seed) for prompt in args.prompts for seed in seeds]
     numbered = results.SplitOverRanks(
         lambda numbers: pictures(pipe, about, [jobs[i] for i in numbers]))
     size = ranks.world_size()  # the ranks share batches; the last picture fills up the last one
@@ -57,8 +63,8 @@ def main(argv: list[str]) -> None:
     parts = torch.arange(count).clamp(max=len(jobs) - 1).split(batch)
     images = [Image.fromarray(image.numpy()) for part in parts for image in numbered(part)]
     del images[len(jobs):]
-    for i, (image, (_, seed)) in enumerate(zip(images, jobs)):
-        save_png(out / f"{i // len(seeds):02d}-{seed}.png", image)
+    for file, image in zip(names, images):
+        save_png(file, image)
     save_png(out / "grid.png", make_image_grid(images, len(args.prompts), len(seeds)))
     if ranks.rank() == 0:
         print(f"{len(images)} pictures and grid.png are in {out}")
@@ -85,6 +91,9 @@ def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeli
 def find(student: str) -> tuple[Path, dict]:
     """The file of a student's weights, and about it; Refusal where there is none."""
     place, about = Path(student).expanduser(), {"base": BASE, "timestep": 399}
+    if place.name in (WEIGHTS, "student.safetensors"):  # a run's own, which knows its base
+        for folder in (place.parent / "student", place.parent):
+            place = folder if (folder / ABOUT).is_file() else place
     for folder in (place / "student", place):
         if (folder / ABOUT).is_file():
             return folder / WEIGHTS, about | read_about(folder / ABOUT)
@@ -138,7 +147,16 @@ def pictures(pipe: StableDiffusionXLPipeline, about: dict,
 
 
 def save_png(file: Path, image: Image.Image) -> None:
-    files.atomically(file, lambda beside: image.save(beside, format="PNG"))
+    made = PngInfo()
+    made.add_text("Software", MADE_BY)
+    files.atomically(file, lambda beside: image.save(beside, format="PNG", pnginfo=made))
+
+
+def check_ours(file: Path) -> None:
+    """Refuse to replace a picture that this command did not make."""
+    with files.blame(f"{file} is in the way: name another --out"):
+        if file.exists() and Image.open(file).info.get("Software") != MADE_BY:
+            raise ValueError("it was not made here")
 
 
 def export(out: Path, folder: Path, rank: int, **about) -> None:

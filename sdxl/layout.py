@@ -20,11 +20,15 @@ PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
 def weights(folder: Path, part: str) -> tuple[list[Path], str | None]:
     """The files of a part's weights, a whole or shards, in fp32 or else in fp16, and diffusers'
     name for that. Where there is none, the name of one that is missing."""
-    found = sorted((folder / part).glob(f"{PARTS[part]}*.safetensors"))
-    whole = [file for file in found if ".fp16" not in file.name]
-    if found:
-        return (whole, None) if whole else (found, "fp16")
-    return [folder / part / f"{PARTS[part]}.safetensors"], None
+    stem = folder / part / PARTS[part]
+    names = re.compile(re.escape(stem.name) + r"(\.fp16)?(-\d+-of-\d+)?\.safetensors")
+    found = sorted(file for file in stem.parent.glob("*") if names.fullmatch(file.name))
+    full = [file for file in found if ".fp16" not in file.name]
+    variant = "fp16" if found and not full else None
+    index = Path(f"{stem}.safetensors.index{'.fp16' if variant else ''}.json")
+    if any("-of-" in file.name for file in found) and not index.is_file():
+        return [index], variant
+    return full or found or [Path(f"{stem}.safetensors")], variant
 
 
 def read(folder: Path) -> list[Path]:
@@ -81,8 +85,10 @@ def find(model: str, cache: Path, flag: str = "--model") -> Path:
                 if not missing(folder):
                     break
     if lacking := missing(folder):
-        pickled = [str(file.relative_to(folder)) for file in sorted(folder.glob("*/*.bin"))]
-        kept = f"; {pickled[0]} is to be saved again as safetensors by diffusers" if pickled else ""
+        others = [str(file.relative_to(folder)) for kind in ("*/*.bin", "*/*.*.safetensors")
+                  for file in sorted(folder.glob(kind)) if file not in read(folder)]
+        kept = (f"; {others[0]} is to be saved again as safetensors by diffusers, whose only "
+                "variant that is read is fp16") if others else ""
         raise disback.Refusal(f"{folder} lacks {', '.join(lacking)}{kept}: "
                               + files.remedy(folder, takes))
     for part in PARTS:

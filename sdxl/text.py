@@ -22,6 +22,8 @@ def read_prompts(file: str | Path) -> list[str]:
     there are none."""
     with files.blame(f"{file} cannot be read: --prompts takes a UTF-8 text file, a prompt a line"):
         lines = Path(file).expanduser().read_bytes().decode("utf-8-sig").split("\n")
+    if any("\0" in line for line in lines):
+        raise disback.Refusal(f"{file} is no text, or UTF-16: save it as UTF-8, a prompt a line")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise disback.Refusal(f"{file} is empty: it takes a prompt a line")

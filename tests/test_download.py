@@ -145,3 +145,13 @@ def test_a_checkpoint_of_another_network_in_the_cache_is_to_be_removed(tmp_path,
     monkeypatch.setitem(problem.NETWORKS, "imagenet", problem.NETWORKS["digits"])  # for speed
     assert f"{file} does not hold this network: remove {file}" in refusal(make, problem, "full")
     assert [*tmp_path.iterdir()] == [file]
+
+
+def test_a_full_disk_is_not_blamed_on_the_network(tmp_path, monkeypatch):
+    def full(url, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", full)
+    line = refusal(download.fetch, "http://x/y", tmp_path / "file.bin", is_body)
+    assert str(tmp_path / "file.bin") in line and "No space left on device: make room" in line
+    assert "try again" not in line and not list(tmp_path.iterdir())

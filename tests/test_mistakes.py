@@ -246,7 +246,7 @@ def test_a_disk_that_fills_while_saving_leaves_the_old_file(refused, tmp_path, s
         line = refused(lambda argv: save(file), [])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert line.startswith("error: cannot write")
+    assert line.startswith("error: cannot write") and "File too large" in line
     assert file.read_text() == "old" and os.listdir(tmp_path) == ["kept"]
 
 

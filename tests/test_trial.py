@@ -9,17 +9,20 @@ import shutil
 import signal
 import stat
 import sys
+import types
 
 import pytest
 import torch
 from conftest import BACKTRACK, DEGRADE, edit, read, refusal
+from PIL import Image
 
 import backtrack
 import degrade
 import disback
-from imagenet64 import download, sample
+from imagenet64 import download, fid, sample
 from runtime import command, files, folder, plots, signals
-from sdxl import figures, layout, model, tiny
+from sdxl import figures, generate, layout, model, text, tiny
+from toy2d.gallery import __main__ as gallery
 
 
 def names(out):
@@ -243,7 +246,7 @@ def test_a_closed_folder_is_named_and_not_the_hidden_one_in_it(monkeypatch, tmp_
 
     monkeypatch.setattr(files.tempfile, "TemporaryDirectory", closed)
     said = refusal(files.atomically, tmp_path / "a", lambda _: None)
-    assert said == f"permission denied: {tmp_path}"
+    assert said.startswith(f"permission denied: {tmp_path}:")
 
 
 @pytest.mark.parametrize("read", [
@@ -326,3 +329,118 @@ def test_an_interrupt_that_is_ignored_stops_no_training():
         assert not came and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("main, words", [
+    (degrade.main, ["toy2d", "--depth", "1000"]),
+    (degrade.main, ["toy2d", "--steps", "99999", "--nodes", "10000"]),
+    (sample.main, ["teacher", "--steps", "9" * 20]), (fid.main, ["teacher", "--images", "9" * 20]),
+    (fid.main, ["x.npz", "--images", "1"]), (generate.main, ["a", "--batch", "9" * 20]),
+    (gallery.main, ["all", "--seeds", "1000"])])
+def test_sizes_that_no_machine_has_are_refused_by_name(refused, main, words):
+    assert words[-2] in refused(main, words)
+
+
+@pytest.mark.parametrize("main, words", [
+    (degrade.main, ["sdxl", "--prompts"]), (degrade.main, ["imagenet64", "--teacher"]),
+    (generate.main, ["a", "--student"]), (generate.main, ["a", "--base"])])
+def test_a_home_of_nobody_is_named(refused, main, words):
+    line = refused(main, [*words, "~nobody-of-that-name/x"])
+    assert words[-1] in line and "in no user's home" in line
+
+
+@pytest.mark.parametrize("error, words", [
+    (PermissionError(13, "Permission denied", "a/b"), "permission denied: a/b: change its mode"),
+    (OSError(28, "No space left on device", "a"), "a: No space left on device: make room"),
+    (OSError(122, "Disk quota exceeded", "a"), "a: Disk quota exceeded: make room"),
+    (NotADirectoryError(20, "Not a directory", "a"), "[Errno 20] Not a directory: 'a'")])
+def test_what_the_system_refuses_is_said_with_what_helps(refused, error, words):
+    def main(argv):
+        raise error
+
+    assert f"error: {words}" in refused(main, [])
+
+
+def test_a_snapshot_that_must_not_be_read_is_not_to_be_removed(monkeypatch, tmp_path):
+    """safetensors calls it missing."""
+    file = tmp_path / "snapshots" / "0000000.safetensors"
+    files.save_tensors(file, {"x0": torch.zeros(2, 2), "node": torch.tensor(0)})
+
+    def shut(file):
+        raise FileNotFoundError(f"No such file or directory: {file}")
+
+    monkeypatch.setattr("runtime.records.load_file", shut)
+    with pytest.raises(disback.Refusal, match=f"^permission denied: {file}: change its mode"):
+        plots.read_snapshots(tmp_path)
+
+
+def test_nobody_is_told_to_trust_a_file(tmp_path):
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "x.bin")
+    with pytest.raises(disback.Refusal, match="x.bin .*holds more than tensors") as refusal:
+        model.load_unet(dict(tiny.unet().config), tmp_path / "x.bin")
+    assert "weights_only" not in str(refusal.value)
+
+
+def test_the_room_that_a_run_needs_is_a_number(refused, recorded, monkeypatch, tmp_path):
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=0))
+    line = refused(backtrack.main, ["toy2d", "--out", tmp_path, *BACKTRACK])
+    assert float(line.partition("less than ")[2].split()[0]) > 0
+
+
+def test_what_is_left_of_an_overwritten_run_is_named(capsys, recorded, tmp_path):
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    for name in ("samples.png", "notes.txt"):
+        (tmp_path / name).write_text("kept")
+    degrade.main(["toy2d", "--out", str(tmp_path), *DEGRADE, "--overwrite"])
+    assert "of the run before: notes.txt, samples.png\n" in capsys.readouterr().out
+    assert (tmp_path / "notes.txt").read_text() == "kept"
+
+
+def test_a_picture_that_was_not_made_here_is_not_replaced(tmp_path):
+    for made, name in ((False, "mine.png"), (True, "grid.png")):
+        image = Image.new("RGB", (2, 2))
+        generate.save_png(tmp_path / name, image) if made else image.save(tmp_path / name)
+    generate.check_ours(tmp_path / "grid.png")
+    generate.check_ours(tmp_path / "none.png")
+    (tmp_path / "text.png").write_text("mine")
+    for name in ("mine.png", "text.png"):
+        with pytest.raises(disback.Refusal, match=f"{name} is in the way: name another --out"):
+            generate.check_ours(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "student/SDXL_DisBack.bin", "student"])
+def test_a_runs_own_file_stands_for_the_run_whose_base_it_knows(tmp_path, name):
+    about = {"base": "", "timestep": 7, "size": 32}
+    files.save_json(tmp_path / "student" / "disback.json", about)
+    for file in ("student.safetensors", "student/SDXL_DisBack.bin"):
+        (tmp_path / file).touch()
+    assert generate.find(str(tmp_path / name)) == (tmp_path / "student/SDXL_DisBack.bin", about)
+
+
+@pytest.mark.parametrize("there, words", [
+    ("-00001-of-00002.safetensors", "lacks unet/diffusion_pytorch_model.safetensors.index.json"),
+    (".non_ema.safetensors", "non_ema.safetensors is to be saved again")])
+def test_weights_under_another_name_are_seen(there, words, tmp_path):
+    shutil.copytree(tiny.folder(files.cached("")), tmp_path, dirs_exist_ok=True)
+    whole = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    whole.rename(whole.with_name("diffusion_pytorch_model" + there))
+    with pytest.raises(disback.Refusal, match=words):
+        layout.find(str(tmp_path), tmp_path)
+
+
+def test_prompts_of_two_bytes_a_letter_are_no_utf_8(tmp_path):
+    (tmp_path / "p.txt").write_bytes("a cat".encode("utf-16-le"))
+    with pytest.raises(disback.Refusal, match="p.txt .*UTF-16: save it as UTF-8"):
+        text.read_prompts(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize("flag, value", [("--lr-degrade", "0.5"), ("--batch", "128")])
+def test_a_recorded_path_is_not_taken_for_one_of_other_flags(
+        refused, recorded, tmp_path, flag, value):
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    argv = ["toy2d", "--out", tmp_path, *DEGRADE, "--resume"]
+    assert f"{flag} " in refused(degrade.main, [*argv, flag, value])
+    with pytest.raises(SystemExit) as ended:
+        degrade.main([*map(str, argv)])
+    assert not ended.value.code

@@ -29,7 +29,7 @@ class Config(interface.Config):
         8.0, "from the origin to an untrained student; the data reach to 2.5")
     start_sigma: float = setting(5.0, "the noise level at which a copy of the teacher generates")
     width: int = setting(128, "hidden units; 64 made a bad teacher")
-    depth: int = setting(3, "hidden layers")
+    depth: int = setting(3, "hidden layers", below=1000)
     sigma_data: float = setting(1.42, "of EDM's preconditioning: the ring's standard deviation")
     noise: Literal["lognormal", "karras"] = setting(
         "lognormal", "levels of student and fake: as EDM trains, or from sigma_min to sigma_max")

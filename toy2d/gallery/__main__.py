@@ -28,12 +28,13 @@ def main(argv: list[str]) -> None:
     arm.add_argument("--double", action="store_true", help="plain, at twice the learning rates")
     parser.add_argument("--seed", type=int, default=0, help="of one run (0)")
     parser.add_argument("--seeds", type=int, default=5, help="of `all`, from 0 on (5)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (all cores)")
+    parser.add_argument("--jobs", type=command.count, default=os.cpu_count(),
+                        help="processes (all cores)")
     parser.add_argument("--out", type=command.path, default=Path("runs/gallery"),
                         help="folder of lines (runs/gallery)")
     args = parser.parse_args(argv)
-    if not (0 <= args.seed < 2**63 and args.seeds >= 1 and args.jobs >= 1):
-        command.refuse("--seed must be at least 0, --seeds and --jobs at least 1")
+    if not (0 <= args.seed < 2**63 and 1 <= args.seeds < 1000):
+        command.refuse("--seed must be at least 0 and below 2**63, --seeds from 1 to 999")
     one_run, file = args.method in METHODS, args.out / "lines.jsonl"
     if not one_run and (args.variant or args.backtrack or args.double or args.seed):
         command.refuse("--variant, --backtrack, --double and --seed are of one METHOD")
