@@ -53,12 +53,14 @@ WATCHED = ("default", "4D d8", "2D d8 eps")  # cells whose mechanism is drawn
 # Learning rates of student and fake: alike, and a faster fake.
 ALIKE = tuple((rate, rate) for rate in (1e-3, 2e-3, 4e-3, 8e-3, 16e-3))
 FASTER = ((4e-3, 8e-3), (8e-3, 16e-3))
+SLOW_STUDENT = ((2e-3, 4e-3), (2e-3, 8e-3))  # whose rate alone is limited
 SEEDS, FRESH = tuple(range(10)), tuple(range(200, 210))
 # What is run in this order, what tells most first: cells, arms, rates, seeds.
 CHEAP = tuple(cell for cell in CELLS if cell != "default")
 PLAN = [
     (("16D d8", "4D d8"), (*MAIN, "linear"), ALIKE + FASTER, SEEDS),
     (("16D d8", "2D d8", "4D d8", "2D d8 eps"), RULES, ALIKE[1:3], SEEDS),
+    (("16D d8", "4D d8"), ("vsd", "disback", "linear"), SLOW_STUDENT, SEEDS),
     (("16D d8", "4D d8"), (*CONFIRMED, *RULES[:2]), ALIKE[1:3], FRESH),
     (("16D d8", "4D d8", "2D d8 eps"), ABLATION, ALIKE[1:3], SEEDS),
     (("2D d8",), MAIN[:4], ALIKE[1:3], SEEDS),
