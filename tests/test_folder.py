@@ -3,7 +3,6 @@
 import shutil
 import stat
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,10 +202,13 @@ def test_a_full_disk_is_named_whatever_the_writer_says(monkeypatch, tmp_path):
     def fail(beside):
         raise RuntimeError("unexpected pos 15616 vs 15504")
 
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    with pytest.raises(disback.Refusal, match="disk is full.*a.pt"):
-        files.atomically(tmp_path / "a.pt", fail)
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", full)
+        assert "a.pt: No space left on device: make room" in refusal(
+            files.atomically, tmp_path / "a.pt", fail)
     assert "unexpected pos" in refusal(files.atomically, tmp_path / "a.pt", fail)
     assert not list(tmp_path.iterdir())
 
