@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
         extractor, reference = (features.of_digits(device) if config.images == "digits"
                                 else features.of_inception(*inception_files(args), device))
     files.must_take_files(base.parent, "folder, for the result,")
-    about |= extractor.about | {"images": size, "blocks": blocks}
+    about |= {"images": size, "blocks": blocks}
     result = about | measure(batches, results.SplitOverRanks(extractor), reference, blocks)
     files.save_json(base.with_name(f"{base.name}-{size}x{blocks}.json"), result)
     if ranks.rank() == 0:

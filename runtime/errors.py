@@ -64,7 +64,7 @@ def must_take_files(folder: pathlib.Path, flag: str) -> None:
 
 
 def must_be_allowed(flag: str, value: Any, kind: Any, zero: bool = False,
-                    below: float = 2**40) -> None:
+                    below: float = 1e18) -> None:
     """Refuse what the Literal `kind` does not name, and a number of another kind or range."""
     choices = get_args(kind)
     if choices and value not in choices:

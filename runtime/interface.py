@@ -12,7 +12,7 @@ from disback import Refusal
 from runtime.errors import must_be_allowed
 
 
-def setting(default: Any, text: str, stage: str = "", zero: bool = False, below: float = 2**40,
+def setting(default: Any, text: str, stage: str = "", zero: bool = False, below: float = 1e18,
             learns: bool = True) -> Any:
     """A field of a Config, and a flag of the `stage` that uses it, "" both, explained by `text`. A
     number is above 0 (`zero`: or 0) and `below`; without `learns` it changes nothing learnt."""

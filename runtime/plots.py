@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
 from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
+METHODS = {"disback": "DisBack", "vsd": "VSD"}
 DATA, TARGET, STUDENT, OTHER = "#b8b8b8", "#d95f02", "#1f5fa8", "#7a3fa0"
 
 
@@ -25,13 +26,13 @@ def curves(axes: dict[str, plt.Axes], runs: list[Path], in_steps: bool = False) 
     of network evaluations, those of stage 1, shaded, before them. Dotted: the target switched."""
     for run, color in zip(runs, (STUDENT, OTHER)):
         lines, metrics = read_log(run), files.load_json(run / "metrics.json", "finish that run")
-        evals, names = metrics["network_evals"], {"disback": "DisBack", "vsd": "VSD"}
+        evals = metrics["network_evals"]
         start, scale = (0, 1) if in_steps else (
             evals["stage1"] / 1e6, evals["stage2"] / 1e6 / metrics["steps"])
         for column, axis in axes.items():
             axis.plot([start + scale * line["step"] for line in lines],
                       [line.get(column, math.nan) for line in lines], ".-", color=color,
-                      markersize=4, label=names[metrics["method"]])
+                      markersize=4, label=METHODS[metrics["method"]])
             for step, _ in switches(read_snapshots(run)):
                 axis.axvline(start + scale * step, color=color, linewidth=0.8, linestyle=":")
             if start:

@@ -66,8 +66,7 @@ def table(unet_config: dict, config: Any, side: int) -> str:
         rows += [(f"batch {batch}: activations, about", taken, taken),
                  (f"batch {batch}: in all, about", static[0] + taken, static[1] + taken)]
     node = trained / 2  # in bf16
-    most = candidates(config)
-    disk = [("the path", trained + config.nodes * node, trained + most * node),
+    disk = [("the path", trained + config.nodes * node, trained + 2 * config.nodes * node),
             ("a checkpoint of stage 1", 3 * trained, 6 * trained),
             ("a checkpoint of stage 2", 7 * trained, 14 * trained),
             ("the student", trained + 2 * whole, trained + 2 * whole)]
@@ -79,14 +78,9 @@ def table(unet_config: dict, config: Any, side: int) -> str:
 
 
 def path_bytes(teacher: nn.Module, config: Any) -> int:
-    """What stage 1 takes on disk at most: node 0, candidates, a checkpoint and the next one."""
+    """What stage 1 takes on disk at most: node 0, 2N candidates, a checkpoint and the next one."""
     weights = teacher.state_dict().values()
-    return sum(7 * w.nbytes + candidates(config) * 2 * w.numel() for w in weights)
-
-
-def candidates(config: Any) -> int:
-    """The states that degrade.Recorder writes after node 0, before it thins them to nodes."""
-    return min(2 * config.nodes, config.degrade_steps) if config.spacing == "arc" else config.nodes
+    return sum(7 * w.nbytes + 2 * config.nodes * 2 * w.numel() for w in weights)
 
 
 def adapter_parameters(unet: nn.Module, rank: int) -> int:

@@ -116,7 +116,7 @@ def test_images_that_are_not_finite_become_no_bytes(broken):
                                     torch.zeros(2, 1, 8, 8)])
 def test_images_of_another_size_or_type_are_refused(images):
     with pytest.raises(disback.Refusal, match=r"must be uint8 \[1, 8, 8\]"):
-        features.Extractor((1, 8, 8), extract, {})(images)
+        features.Extractor((1, 8, 8), extract)(images)
 
 
 def test_the_digits_are_at_no_distance_from_their_own_reference():

@@ -207,7 +207,7 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
 
 
 def test_a_stage_1_whose_weights_overflow_records_no_path(refused, tmp_path):
-    argv = ["toy2d", "--out", tmp_path, *DEGRADE, "--lr-degrade", "1e12", "--log-every", "99"]
+    argv = ["toy2d", "--out", tmp_path, *DEGRADE, "--lr-degrade", "1e17", "--log-every", "99"]
     said = refused(degrade.main, argv)
     assert re.search("(loss|position) is (inf|nan) at step 20,", said)  # by processor
     assert not (tmp_path / "path" / "path.json").exists()

@@ -288,6 +288,20 @@ def test_a_number_that_a_log_lacks_is_a_gap_in_the_figure(finished, tmp_path):
         (tmp_path / "x.png").unlink()
 
 
+@pytest.mark.parametrize("in_steps, at, switched", [(True, 1, 2), (False, 3 + 2, 3 + 2 * 2)])
+def test_curves_stand_at_steps_or_at_the_evaluations_of_both_stages(
+        finished, in_steps, at, switched):
+    files.save_json(finished / "metrics.json", {
+        "method": "disback", "steps": 10, "network_evals": {"stage1": 3e6, "stage2": 20e6}})
+    files.save_tensors(finished / "snapshots" / "0000000.safetensors", {
+        "x0": torch.zeros(4, 2), "node": torch.tensor(1)})
+    axis = plots.plt.figure().subplots()
+    plots.curves({"swd": axis}, [finished], in_steps)
+    curve, dotted = axis.lines
+    assert (*curve.get_xdata(), *curve.get_ydata()) == (at, 1.0)
+    assert dotted.get_xdata()[0] == switched
+
+
 @pytest.mark.parametrize("line", ['{"step": NaN}', "[1]", '{"step": "1"}', '{"step": -1}',
                                   '{"step": 1, "swd": "a"}', '{"swd": 1}'])
 def test_a_line_of_the_log_that_cannot_be_is_refused(finished, line):

@@ -11,6 +11,7 @@ import disback
 from runtime import files
 from runtime.plots import (
     DATA,
+    METHODS,
     STUDENT,
     TARGET,
     curves,
@@ -173,12 +174,6 @@ def draw_mechanism(file: Path, runs: list[Path], data: Mixture) -> None:
     save(figure, file)
 
 
-def method_of(run: Path) -> str:
-    """Its name, for a figure."""
-    method = files.load_json(run / "metrics.json", "finish that run first")["method"]
-    return {"disback": "DisBack", "vsd": "VSD"}[method]
-
-
 def draw_gif(file: Path, runs: list[Path], nodes: list[Tensor], points: Tensor,
              limits: tuple) -> None:
     """The student's samples on their way through the targets to the data, a panel for each run."""
@@ -192,7 +187,8 @@ def draw_gif(file: Path, runs: list[Path], nodes: list[Tensor], points: Tensor,
         (target,) = axis.plot([], [], color=TARGET, label="target", **style)
         (student,) = axis.plot([], [], color=STUDENT, label="student", **style)
         known = nodes if run == runs[0] else nodes[:1]  # of the other only the teacher is here
-        panels.append((dict(read_snapshots(run)), known, axis, target, student, method_of(run)))
+        method = METHODS[files.load_json(run / "metrics.json", "finish that run")["method"]]
+        panels.append((dict(read_snapshots(run)), known, axis, target, student, method))
     axes[0, 0].legend(loc="lower right", markerscale=3)
     figure.canvas.draw()
     figure.set_layout_engine("none")  # laid out once: again for every picture takes longest
