@@ -4,6 +4,7 @@ Preset full: the 2048 features of Inception and NVIDIA's statistics of ImageNet-
 FID. Preset tiny: the 64 features of a classifier of digits, and the digits themselves.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +14,19 @@ import torch
 from torch import Tensor
 
 import disback
-from imagenet64 import digits, download, frechet
+from imagenet64 import digits, download
 from imagenet64.edm import to_uint8
 from runtime import files
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """Features of uint8 images [n, *shape] by `net`; refuses images of another size or type."""
+    """Features of uint8 images [n, *shape] by `net`; `about` says which network that is, and which
+    reference goes with it. Refuses images of another size or type."""
 
     shape: tuple[int, int, int]  # channels, height, width
     net: Callable[[Tensor], Tensor]
+    about: dict[str, str]
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -36,8 +39,12 @@ class Extractor:
 def of_digits(device: str) -> tuple[Extractor, tuple[Tensor, Tensor]]:
     """Preset tiny: the digits' classifier, mean and covariance of its features of all digits."""
     net = digits.classifier().to(device)
-    extractor = Extractor((1, 8, 8), lambda x: net.features(x.to(device) / 127.5 - 1))
-    return extractor, frechet.statistics(extractor(to_uint8(digits.load()[0])))
+    weights = b"".join(t.cpu().numpy().tobytes() for t in net.state_dict().values())
+    extractor = Extractor((1, 8, 8), lambda x: net.features(x.to(device) / 127.5 - 1),
+                          {"features_sha256": hashlib.sha256(weights).hexdigest(),
+                           "reference_sha256": files.sha256(digits.FILE)})
+    features = extractor(to_uint8(digits.load()[0])).cpu().double()
+    return extractor, (features.mean(dim=0), features.T.cov())
 
 
 def of_inception(inception: Path, reference: Path,
@@ -50,8 +57,11 @@ def of_inception(inception: Path, reference: Path,
         zeros = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device)
         if not net(zeros, return_features=True).isfinite().all():
             raise ValueError("its features are not finite")
-    extractor = Extractor((3, 64, 64), lambda x: net(x.to(device), return_features=True))
-    return extractor, read_reference(reference)
+    mean, cov = read_reference(reference)
+    extractor = Extractor((3, 64, 64), lambda x: net(x.to(device), return_features=True),
+                          {"features_sha256": files.sha256(inception),
+                           "reference_sha256": files.sha256(reference)})
+    return extractor, (mean, cov)
 
 
 def read_reference(file: Path) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 RUN is a run's folder, the word teacher for the teacher of --preset, or an .npz with uint8 images
 arr_0 [n, h, w, c]. For ImageNet it is FID; for the digits it is in other units, those of a
 classifier of theirs (see features.py). The result is printed and kept beside the images or the
-weights.
+weights. An interrupted measurement goes on where it was.
 """
 
 import argparse
@@ -12,26 +12,80 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 import disback
 from imagenet64 import download, features, problem, sample
-from imagenet64.frechet import frechet_distance, statistics
+from imagenet64.frechet import Statistics, frechet_distance
 from runtime import command, files, ranks, results
 
+SAVE_EVERY = 5000  # images between savings of a measurement that is under way
 
-def measure(batches_of_block: Callable[[int], Iterable[Tensor]], extract: Callable,
-            reference: tuple[Tensor, Tensor], blocks: int) -> dict:
-    """Fréchet distances of `blocks` separate sets of images to the reference (mean, cov);
-    batches_of_block(block) yields the uint8 images [n, c, h, w] of one."""
-    distances = []
-    for block in range(blocks):
-        batches = tqdm(batches_of_block(block), f"features of block {block}", unit="batch",
-                       disable=ranks.rank() > 0)
-        made = torch.cat([extract(batch).cpu() for batch in batches])
-        distances.append(frechet_distance(*statistics(made), *reference))
-    return {"distances": distances, "min": min(distances), "mean": sum(distances) / blocks}
+
+def measure(batches_of_block: Callable[[int, int], Iterable[Tensor]], extract: Callable,
+            reference: tuple[Tensor, Tensor], images: int, blocks: int, resume_file: Path,
+            about: dict) -> dict:
+    """Fréchet distances of `blocks` separate sets of `images` each to the reference (mean, cov).
+
+    batches_of_block(block, done) yields a block's uint8 images [n, c, h, w] but the first `done`.
+    What is done is kept in `resume_file`, every 5,000 images and after every block, and gone on
+    with after an interrupt; who has saved the result removes it. Refuses a block that has not
+    `images` images, and a resume file of a measurement of which `images`, `blocks` or anything in
+    `about` is another."""
+    about = about | {"images": images, "blocks": blocks}
+    statistics, distances = restore(resume_file, len(reference[0]), about)
+    done = len(distances) * images + statistics.n
+    with tqdm(total=blocks * images, initial=done, desc="features", unit="image",
+              disable=ranks.rank() > 0) as bar:
+        for block in range(len(distances), blocks):
+            saved = statistics.n
+            for batch in batches_of_block(block, statistics.n):
+                statistics.add(extract(batch))
+                bar.update(len(batch))
+                if statistics.n - saved >= SAVE_EVERY:
+                    saved = statistics.n
+                    save(resume_file, statistics, distances, about)
+            if statistics.n != images:
+                raise disback.Refusal(f"block {block} has {statistics.n} images, not {images}")
+            distances.append(frechet_distance(statistics.mean, statistics.cov, *reference))
+            statistics = Statistics(len(reference[0]))
+            save(resume_file, statistics, distances, about)
+    return about | {"distances": distances, "min": min(distances),
+                    "mean": sum(distances) / blocks}
+
+
+def save(file: Path, statistics: Statistics, distances: list[float], about: dict) -> None:
+    """A measurement under way as tensors; `about` becomes the bytes of its JSON."""
+    files.save_tensors(file, {
+        "n": torch.tensor(statistics.n), "mean": statistics.mean, "scatter": statistics.scatter,
+        "distances": torch.tensor(distances, dtype=torch.float64),
+        "about": torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)})
+
+
+def restore(file: Path, dim: int, about: dict) -> tuple[Statistics, list[float]]:
+    """What save() wrote, or nothing done yet where there is no file; Refusal where it is of
+    another measurement."""
+    statistics = Statistics(dim)
+    if not file.exists():
+        return statistics, []
+    with files.blame(f"{file} cannot be read: remove it to measure from the start"):
+        kept = load_file(file)
+        then = json.loads(bytes(kept["about"].tolist()))
+        for name in about | then:
+            if then.get(name) != about.get(name):
+                raise disback.Refusal(
+                    f"{file} is of a measurement with {name} {then.get(name)}, not "
+                    f"{about.get(name)}: finish that one, or remove the file")
+        statistics.n = int(kept["n"])
+        statistics.mean += kept["mean"]  # these two raise where the shapes differ
+        statistics.scatter += kept["scatter"]
+        distances = kept["distances"].tolist()
+        if not 0 <= statistics.n <= about.get("images", statistics.n) or len(distances) > about.get(
+                "blocks", len(distances)) or not all(t.isfinite().all() for t in kept.values()):
+            raise ValueError("numbers that no measurement has")
+    return statistics, distances
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -65,8 +119,8 @@ def main(argv: list[str]) -> None:
             made, config, about = sample.source(args)
         size, blocks = args.images or 50_000, args.blocks or 3
 
-        def batches(block: int) -> Iterable[Tensor]:
-            return (x for x, _ in made(range(block * size, (block + 1) * size)))
+        def batches(block: int, done: int) -> Iterable[Tensor]:
+            return (x for x, _ in made(range(block * size + done, (block + 1) * size)))
 
     if config.images == "digits" and (args.inception or args.reference):
         command.refuse("--inception and --reference are for ImageNet, not for the digits")
@@ -74,10 +128,13 @@ def main(argv: list[str]) -> None:
         extractor, reference = (features.of_digits(device) if config.images == "digits"
                                 else features.of_inception(*inception_files(args), device))
     files.must_take_files(base.parent, "folder, for the result,")
-    about |= {"images": size, "blocks": blocks}
-    result = about | measure(batches, results.SplitOverRanks(extractor), reference, blocks)
-    files.save_json(base.with_name(f"{base.name}-{size}x{blocks}.json"), result)
+    name = f"{base.name}-{size}x{blocks}"
+    under_way = base.with_name(name + ".partial.safetensors")
+    result = measure(batches, results.SplitOverRanks(extractor), reference, size, blocks, under_way,
+                     about | extractor.about)
+    files.save_json(base.with_name(name + ".json"), result)
     if ranks.rank() == 0:
+        under_way.unlink()  # only now, so that a full disk costs no measurement
         print(json.dumps(result, indent=1))
 
 
@@ -101,13 +158,13 @@ def of_npz(args: argparse.Namespace) -> tuple[Callable, int, int, dict]:
         raise disback.Refusal(f"{source}: arr_0 must be uint8 [n, h, w, c], not "
                               f"{images.dtype} {list(images.shape)}")
     blocks = args.blocks or 1
-    size = args.images or max(2, len(images) // blocks)
+    size = args.images or len(images) // blocks
     if len(images) < size * blocks:
         raise disback.Refusal(f"{source} holds {len(images)} images, too few for --blocks "
                               f"{blocks} of {size} images: name fewer")
 
-    def batches(block: int) -> Iterable[Tensor]:
-        for start in range(block * size, (block + 1) * size, args.batch):
+    def batches(block: int, done: int) -> Iterable[Tensor]:
+        for start in range(block * size + done, (block + 1) * size, args.batch):
             part = images[start:min(start + args.batch, (block + 1) * size)]
             yield torch.from_numpy(part).permute(0, 3, 1, 2)
 

@@ -6,15 +6,39 @@ from torch import Tensor
 import disback
 
 
-def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [dim] and covariance [dim, dim], with divisor n - 1, of features [n, dim], in float64 on
-    the CPU. Refusal where n is less than 2, or they are not finite."""
-    features = features.cpu().double()
-    if len(features) < 2:
-        raise disback.Refusal(f"a covariance needs at least 2 images, not {len(features)}")
-    if not features.isfinite().all():
-        raise disback.Refusal("features are not finite: the network that made them is broken")
-    return features.mean(dim=0), features.T.cov()
+class Statistics:
+    """Number, mean and covariance of features [n, dim] that come in batches and are not kept.
+
+    In float64, on the CPU. Batches are merged by their means and centred sums (Chan, Golub and
+    LeVeque 1979), which loses no digits where the mean is large."""
+
+    def __init__(self, dim: int):
+        self.n, self.mean = 0, torch.zeros(dim, dtype=torch.float64)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64)  # sum of (f - mean)(f - mean)^T
+
+    def add(self, features: Tensor) -> None:
+        """Take in features [n, dim], n >= 0, of any device and precision."""
+        if features.shape[1:] != self.mean.shape:
+            raise disback.Refusal(f"features are {list(features.shape[1:])} numbers, those of the "
+                                  f"reference {len(self.mean)}: the two must be of one network")
+        if len(features) == 0:
+            return
+        features = features.cpu().double()
+        if not features.isfinite().all():
+            raise disback.Refusal("features are not finite: the network that made them is broken")
+        mean, total = features.mean(dim=0), self.n + len(features)
+        centred, shift = features - mean, mean - self.mean
+        self.scatter += centred.T @ centred
+        self.scatter += torch.outer(shift, shift) * (self.n * len(features) / total)
+        self.mean += shift * (len(features) / total)
+        self.n = total
+
+    @property
+    def cov(self) -> Tensor:
+        """The covariance [dim, dim] with divisor n - 1; Refusal where there are fewer than 2."""
+        if self.n < 2:
+            raise disback.Refusal(f"a covariance needs at least 2 images, not {self.n}")
+        return self.scatter / (self.n - 1)
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
@@ -23,9 +47,6 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
 
     The product's root has as its trace the sum of the singular values of root(cov1) root(cov2).
     That needs no root of a matrix that is not symmetric, and holds for singular covariances."""
-    if mean1.shape != mean2.shape:
-        raise disback.Refusal(f"features are {len(mean1)} numbers, those of the reference "
-                              f"{len(mean2)}: the two must be of one network")
     mean1, cov1, mean2, cov2 = (t.double() for t in (mean1, cov1, mean2, cov2))
     apart = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace()
     if not (apart.isfinite() and cov1.isfinite().all() and cov2.isfinite().all()):

@@ -157,27 +157,30 @@ class Evaluation:
 
     @torch.no_grad()
     def __call__(self, student: edm.Denoiser) -> dict[str, float]:
-        made, right = [], 0
+        statistics, right = frechet.Statistics(digits.Classifier.dim), 0
         for z, classes in zip(self.z.split(256), self.classes.split(256)):
             x0 = generate(student, z.to(self.device), labels(classes, self.config).to(self.device),
                           self.config.start_sigma)
             if not x0.isfinite().all():  # whoever asked knows which step it was
                 return {"frechet": math.nan, "accuracy": math.nan}
             images = edm.to_uint8(x0)
-            made.append(self.extract(images))
+            statistics.add(self.extract(images))
             found = self.classifier.classes(images / 127.5 - 1).cpu()
             right += (found == classes).sum().item()
-        distance = frechet.frechet_distance(*frechet.statistics(torch.cat(made)), *self.reference)
+        distance = frechet.frechet_distance(statistics.mean, statistics.cov, *self.reference)
         return {"frechet": distance, "accuracy": right / len(self.classes)}
 
     def of_halves(self, splits: int = 20) -> float:
         """The mean distance between random halves of the digits: what chance alone makes of it."""
-        made, distances = self.extract(edm.to_uint8(digits.load()[0])), []
-        generator = torch.Generator().manual_seed(0)
+        images, generator = edm.to_uint8(digits.load()[0]), torch.Generator().manual_seed(0)
+        distances = []
         for _ in range(splits):
-            one, other = made[torch.randperm(len(made), generator=generator)].tensor_split(2)
-            distances.append(frechet.frechet_distance(*frechet.statistics(one),
-                                                      *frechet.statistics(other)))
+            halves = images[torch.randperm(len(images), generator=generator)].tensor_split(2)
+            both = [frechet.Statistics(digits.Classifier.dim) for _ in halves]
+            for statistics, half in zip(both, halves):
+                statistics.add(self.extract(half))
+            distances.append(frechet.frechet_distance(both[0].mean, both[0].cov,
+                                                  both[1].mean, both[1].cov))
         return sum(distances) / splits
 
 

@@ -1,5 +1,6 @@
-"""The Fréchet distance against reference data, scipy and closed forms; measuring."""
+"""The Fréchet distance against reference data, scipy and closed forms; measuring, cut off."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import scipy.linalg
 import torch
 from conftest import ROOT, refusal
+from safetensors.torch import load_file, save_file
 
 import disback
 from imagenet64 import digits, features, fid, problem, sample
@@ -21,6 +23,13 @@ def reference(*names):
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def statistics_of(x, *sizes):
+    statistics = fid.Statistics(x.shape[1])
+    for batch in x.split(sizes):
+        statistics.add(batch)
+    return statistics
 
 
 @pytest.mark.parametrize("mean, cov, expected, most", [
@@ -54,47 +63,57 @@ def test_the_distance_of_two_singular_covariances_keeps_all_its_digits():
     assert fid.frechet_distance(zero, a @ a.T, zero, b @ b.T) == pytest.approx(expected, rel=1e-11)
 
 
-def test_statistics_are_numpys_even_far_from_zero():
+@pytest.mark.parametrize("sizes", [(500,), (1, 1, 498), (100, 0, 399, 1)])
+def test_statistics_of_batches_are_numpys_of_all_of_them_even_far_from_zero(sizes):
     """In float64 a sum of squares has no digit left at this mean, 1e8 times the deviation."""
     x = 1e6 + 1e-2 * randn(500, 7) @ randn(7, 7, seed=1)
-    mean, cov = fid.statistics(x)
-    torch.testing.assert_close(mean, torch.from_numpy(x.numpy().mean(0)), rtol=1e-14, atol=0)
+    statistics = statistics_of(x, *sizes)
+    assert statistics.n == 500
+    torch.testing.assert_close(statistics.mean, torch.from_numpy(x.numpy().mean(0)), rtol=1e-14,
+                               atol=0)
     expected = np.cov((x - 1e6).numpy().T, ddof=1)
-    np.testing.assert_allclose(cov.numpy(), expected, rtol=0, atol=1e-6 * 1e-4)
+    np.testing.assert_allclose(statistics.cov.numpy(), expected, rtol=0, atol=1e-6 * 1e-4)
 
 
 def test_statistics_of_half_precision_features_are_summed_in_double():
     x = (100 + randn(3000, 4)).half()
     expected = np.cov(x.double().numpy().T)
-    np.testing.assert_allclose(fid.statistics(x)[1].numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(statistics_of(x, *[30] * 100).cov.numpy(), expected, rtol=1e-12)
 
 
 def test_features_and_covariances_that_cannot_be_are_refused():
     for n in (0, 1):
         with pytest.raises(disback.Refusal, match=f"at least 2 images, not {n}"):
-            fid.statistics(randn(n, 3))
-    assert "not finite" in refusal(fid.statistics, torch.tensor([[0.0, float("nan")], [0, 0]]))
+            statistics_of(randn(n, 3), n).cov  # noqa: B018
+    assert "[5] numbers, those of the reference 3" in refusal(fid.Statistics(3).add, randn(4, 5))
+    assert "not finite" in refusal(fid.Statistics(2).add, torch.tensor([[0.0, float("nan")]]))
     one, zero = torch.eye(2), torch.zeros(2)
-    assert "are 5 numbers, those of the reference 2" in refusal(
-        fid.frechet_distance, torch.zeros(5), torch.eye(5), zero, one)
     for mean, cov in ((1e200 * torch.ones(2).double(), one), (zero, torch.inf * one)):
         assert "distance is not finite" in refusal(fid.frechet_distance, zero, one, mean, cov)
     assert "negative eigenvalues" in refusal(fid.frechet_distance, zero, one, zero, -one)
 
 
-# --------------------------------------------------------------------------------- a measurement
+# ------------------------------------------------------------------- a measurement, and cut off
 
 IMAGES = (255 * torch.rand(90, 1, 2, 2, generator=torch.Generator().manual_seed(0))).byte()
+DATA = torch.zeros(4), torch.eye(4)
 
 
 def extract(images):
     return images.flatten(1) / 100
 
 
-def test_a_measurement_has_the_distance_of_each_block_the_least_and_the_mean():
+def batches(block, done):
+    return IMAGES[30 * block + done:30 * (block + 1)].split(5)
+
+
+def measure(file, batches_of_block=batches, blocks=3, images=30, **about):
+    return fid.measure(batches_of_block, extract, DATA, images, blocks, file, about)
+
+
+def test_a_measurement_has_the_distance_of_each_block_the_least_and_the_mean(tmp_path):
     """tr sqrt(S I) is the sum of the deviations along the axes of S."""
-    found = fid.measure(lambda block: IMAGES[30 * block:30 * (block + 1)].split(7), extract,
-                        (torch.zeros(4), torch.eye(4)), 3)
+    found = measure(tmp_path / "partial")
     expected = []
     for block in IMAGES.flatten(1).double().div(100).numpy().reshape(3, 30, 4):
         variances = np.linalg.eigvalsh(np.cov(block.T))
@@ -102,6 +121,67 @@ def test_a_measurement_has_the_distance_of_each_block_the_least_and_the_mean():
     assert found["distances"] == pytest.approx(expected, rel=1e-6)
     assert found["min"] == min(found["distances"])
     assert found["mean"] == pytest.approx(np.mean(expected), rel=1e-6)
+    assert [file.name for file in tmp_path.iterdir()] == ["partial"]  # until the result is saved
+
+
+@pytest.fixture
+def cut_at(monkeypatch):
+    """cut_at(n, every): interrupt in the place of the n-th batch from now, saving every so many
+    images; the list of the batches' sizes."""
+
+    def cut(n, every):
+        add, sizes = fid.Statistics.add, []
+
+        def add_or_cut(statistics, batch):
+            sizes.append(len(batch))
+            if len(sizes) == n:
+                raise KeyboardInterrupt
+            add(statistics, batch)
+
+        monkeypatch.setattr(fid, "SAVE_EVERY", every)
+        monkeypatch.setattr(fid.Statistics, "add", add_or_cut)
+        return sizes
+
+    return cut
+
+
+@pytest.mark.parametrize("served, goes_on_at", [(1, (0, 0)), (5, (0, 20)), (6, (1, 0)),
+                                                (11, (1, 20))])
+def test_a_measurement_that_was_cut_off_goes_on_and_ends_the_same_to_the_bit(
+        cut_at, tmp_path, served, goes_on_at):
+    whole, asked = measure(tmp_path / "whole"), []
+
+    def noted(block, done):
+        asked.append((block, done))
+        return batches(block, done)
+
+    cut_at(served + 1, every=20)
+    with pytest.raises(KeyboardInterrupt):
+        measure(tmp_path / "partial", noted)
+    asked.clear()
+    assert measure(tmp_path / "partial", noted) == whole
+    assert asked[0] == goes_on_at
+
+
+@pytest.mark.parametrize("other, name", [
+    ({"blocks": 2}, "blocks"), ({"images": 29}, "images"), ({"source": "b"}, "source"),
+    ({"more": 1}, "more"), ({"source": None}, "source")])
+def test_a_partial_file_of_another_measurement_is_refused_naming_what_differs(
+        cut_at, tmp_path, other, name):
+    cut_at(3, every=5)
+    with pytest.raises(KeyboardInterrupt):
+        measure(tmp_path / "partial", source="a")
+    before = (tmp_path / "partial").read_bytes()
+    with pytest.raises(disback.Refusal, match=f"partial.* {name} .*remove"):
+        about = {"source": "a"} | other
+        measure(tmp_path / "partial", **{k: v for k, v in about.items() if v is not None})
+    assert (tmp_path / "partial").read_bytes() == before
+
+
+@pytest.mark.parametrize("size", [25, 35])
+def test_a_block_with_too_few_or_too_many_images_is_refused(tmp_path, size):
+    with pytest.raises(disback.Refusal, match=f"block 0 has {size} images, not 30"):
+        measure(tmp_path / "partial", lambda block, done: IMAGES[:size].split(5))
 
 
 # -------------------------------------------------------------------------------- the features
@@ -116,13 +196,13 @@ def test_images_that_are_not_finite_become_no_bytes(broken):
                                     torch.zeros(2, 1, 8, 8)])
 def test_images_of_another_size_or_type_are_refused(images):
     with pytest.raises(disback.Refusal, match=r"must be uint8 \[1, 8, 8\]"):
-        features.Extractor((1, 8, 8), extract)(images)
+        features.Extractor((1, 8, 8), extract, {})(images)
 
 
 def test_the_digits_are_at_no_distance_from_their_own_reference():
     extractor, (mean, cov) = features.of_digits("cpu")
-    own = fid.statistics(extractor(features.to_uint8(digits.load()[0])))
-    assert fid.frechet_distance(*own, mean, cov) == pytest.approx(0, abs=1e-8)
+    own = statistics_of(extractor(features.to_uint8(digits.load()[0])), 1797)
+    assert fid.frechet_distance(own.mean, own.cov, mean, cov) == pytest.approx(0, abs=1e-8)
 
 
 def test_the_classifier_sees_the_digits_where_it_was_trained_between_minus_1_and_1():
@@ -195,12 +275,22 @@ def test_the_command_measures_an_npz_against_the_digits_and_keeps_the_result(cap
     extractor, data = features.of_digits("cpu")
     save_images(tmp_path / "half.npz", images[:900])
     found = run(capsys, tmp_path / "half.npz", "--blocks", 2, "--batch", 64)
-    expected = [fid.statistics(extractor(block)) for block in (images[:450], images[450:900])]
+    expected = [statistics_of(extractor(block), 450) for block in (images[:450], images[450:900])]
     assert found["distances"] == pytest.approx(
-        [fid.frechet_distance(*own, *data) for own in expected], rel=1e-5)
+        [fid.frechet_distance(s.mean, s.cov, *data) for s in expected], rel=1e-5)
     kept = json.loads((tmp_path / "half.fid-450x2.json").read_text())
     assert kept == found
     assert sorted(f.name for f in tmp_path.iterdir()) == ["half.fid-450x2.json", "half.npz"]
+
+
+def test_the_command_goes_on_where_it_was_interrupted(capsys, cut_at, tmp_path):
+    save_images(tmp_path / "x.npz", features.to_uint8(digits.load()[0][:400]))
+    argv = [tmp_path / "x.npz", "--blocks", 2, "--batch", 50]
+    whole = run(capsys, *argv)
+    sizes = cut_at(4 + 3, every=100)  # after 100 images of the second block
+    with pytest.raises(KeyboardInterrupt):
+        run(capsys, *argv)
+    assert run(capsys, *argv) == whole and len(sizes) == 7 + 2
 
 
 def test_the_command_takes_inception_and_reference_from_files(capsys, tmp_path, inception):
@@ -212,7 +302,8 @@ def test_the_command_takes_inception_and_reference_from_files(capsys, tmp_path, 
     assert found["min"] == pytest.approx(3 + (3 * 4 / 3 + 3 - 2 * 4**0.5), rel=1e-9)
 
 
-def test_the_command_gives_each_block_of_a_run_its_own_seeds(capsys, monkeypatch, tmp_path):
+def test_the_command_gives_each_block_of_a_run_its_own_seeds_also_where_it_was_interrupted(
+        capsys, cut_at, monkeypatch, tmp_path):
     seen = []
 
     def images(seeds):
@@ -227,15 +318,53 @@ def test_the_command_gives_each_block_of_a_run_its_own_seeds(capsys, monkeypatch
     whole = run(capsys, *argv)
     assert seen == [*range(40)] and len(set(whole["distances"])) == 2
     assert (tmp_path / "fid-20x2.json").exists()
+    cut_at(20 + 6, every=5)
+    with pytest.raises(KeyboardInterrupt):
+        run(capsys, *argv)
+    seen.clear()
+    assert run(capsys, *argv) == whole
+    assert seen == [*range(25, 40)]
+
+
+@pytest.mark.parametrize("what", ["weights_sha256", "reference_sha256", "features_sha256"])
+def test_a_cut_off_measurement_is_not_gone_on_with_once_its_parts_have_changed(
+        capsys, cut_at, monkeypatch, tmp_path, what):
+    (extractor, data), changed = features.of_digits("cpu"), {}
+    monkeypatch.setattr(features, "of_digits", lambda device: (
+        dataclasses.replace(extractor, about=extractor.about | changed), data))
+    monkeypatch.setattr(sample, "source", lambda args: (
+        lambda seeds: ((IMAGES[:6, :, :1, :1].repeat(1, 1, 8, 8), None) for _ in seeds),
+        problem.TINY, {"weights_sha256": "a"} | changed))
+    cut_at(2, every=5)
+    with pytest.raises(KeyboardInterrupt):
+        run(capsys, tmp_path, "--images", 20)
+    changed[what] = "b"
+    assert what in refusal(run, capsys, tmp_path, "--images", 20)
+
+
+@pytest.mark.parametrize("broken", [
+    {"n": torch.tensor(-1)}, {"mean": torch.zeros(3)}, {"scatter": torch.full((4, 4), torch.nan)},
+    {"about": torch.tensor([1.0])}, {"n": None}, {"n": torch.tensor(31)},
+    {"distances": torch.zeros(3)}])
+def test_a_damaged_partial_file_is_refused_by_name(tmp_path, broken):
+    about = {"images": 30, "blocks": 2}
+    fid.save(tmp_path / "partial", fid.Statistics(4), [], about)
+    kept = load_file(tmp_path / "partial") | broken
+    save_file({k: v for k, v in kept.items() if v is not None}, tmp_path / "partial")
+    assert "partial cannot be read: remove it" in refusal(
+        fid.restore, tmp_path / "partial", 4, about)
+    (tmp_path / "partial").write_bytes(b"not tensors")
+    assert "partial cannot be read: remove it" in refusal(measure, tmp_path / "partial")
 
 
 def test_a_run_is_measured_on_three_blocks_of_fifty_thousand_unless_told(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(sample, "source", lambda args: (None, problem.TINY, {}))
-    monkeypatch.setattr(fid, "measure", lambda batches, extract, reference, blocks: (
-        asked.append(blocks) or {}))
-    fid.main([str(tmp_path)])
-    assert asked == [3] and (tmp_path / "fid-50000x3.json").exists()
+    monkeypatch.setattr(fid, "measure", lambda batches, extract, reference, images, blocks, *rest: (
+        asked.append((images, blocks)) or (_ for _ in ()).throw(KeyboardInterrupt)))
+    with pytest.raises(KeyboardInterrupt):
+        fid.main([str(tmp_path)])
+    assert asked == [(50_000, 3)]
 
 
 @pytest.mark.parametrize("argv, cause", [
@@ -245,7 +374,7 @@ def test_a_run_is_measured_on_three_blocks_of_fifty_thousand_unless_told(monkeyp
     (["x.npz", "--images", "11"], "10 images, too few"), (["x.npz", "--preset", "large"], "large"),
     (["x.npz", "--preset", "full"], "uint8"), (["x.npz", "--reference", "x"], "--reference"),
     (["flat.npz"], "[n, h, w, c]"), (["float.npz"], "uint8"), (["text.npz"], "text.npz"),
-    (["objects.npz"], "objects.npz"), (["empty.npz"], "0 images, too few"), ([], "RUN")])
+    (["objects.npz"], "objects.npz"), (["empty.npz"], "2 images"), ([], "RUN")])
 def test_the_command_refuses_by_name(monkeypatch, tmp_path, inception, argv, cause):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fid, "inception_files", lambda args: inception)
