@@ -168,9 +168,8 @@ def last_line(said: str, status: int) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser("python -m runtime.check", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = command.refuse
+    parser = command.parser("python -m runtime.check", __doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("problems", nargs="*", default=PROBLEMS, metavar="PROBLEM",
                         help=f"of {', '.join(PROBLEMS)} (default: all)")
     parser.add_argument("--steps", type=command.count, default=20,
