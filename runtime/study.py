@@ -4,7 +4,6 @@ A job is a seed of an arm in a cell at several learning rates. It leaves one JSO
 alone the figures are drawn; a study that was stopped goes on.
 """
 
-import argparse
 import contextlib
 import fcntl
 import functools
@@ -52,9 +51,7 @@ class Study:
 
     def main(self, argv: Sequence[str]) -> None:
         problem = self.folder.parent.name
-        parser = argparse.ArgumentParser(f"python -m {problem}.study", description=self.doc,
-                                         allow_abbrev=False)
-        parser.error = command.refuse
+        parser = command.parser(f"python -m {problem}.study", self.doc)
         parser.add_argument("--quick", action="store_true",
                             help=f"a small plan, in runs/study/{problem}")
         parser.add_argument("--jobs", type=command.count, default=os.cpu_count(),

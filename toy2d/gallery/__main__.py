@@ -1,7 +1,6 @@
 """Nineteen ways to one step. METHOD runs one of them and prints its line; `all` runs what the
 lines lack; then, as `table` does, it writes table.md and gallery.png from the lines alone."""
 
-import argparse
 import functools
 import json
 import os
@@ -17,8 +16,7 @@ from toy2d.gallery.versions import fresh
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("toy2d.gallery", description=__doc__, allow_abbrev=False)
-    parser.error = command.refuse
+    parser = command.parser("python -m toy2d.gallery", __doc__)
     parser.add_argument("method", choices=(*METHODS, "all", "table"), metavar="METHOD",
                         help=" | ".join((*METHODS, "all", "table")))
     parser.add_argument("--variant", default="", metavar="NAME", help="another row of a method")
