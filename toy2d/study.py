@@ -63,6 +63,7 @@ PLAN = [
     (("16D d8", "4D d8"), ("vsd", "disback", "linear"), SLOW_STUDENT, SEEDS),
     (("16D d8", "4D d8"), (*CONFIRMED, *RULES[:2]), ALIKE[1:3], FRESH),
     (("4D d8", "16D d8", "2D d8 eps"), ("wait",), ALIKE[1:3], SEEDS),
+    (("4D d8", "16D d8"), ("wait",), ALIKE[1:3], FRESH),
     (("16D d4", "16D d16"), (*MAIN[:2], "linear"), ALIKE[1:4], SEEDS),
     (("16D d0",), MAIN[:2], ALIKE[1:4], SEEDS),
     (("16D d8", "4D d8", "2D d8 eps"), ABLATION, ALIKE[1:3], SEEDS),
