@@ -252,8 +252,7 @@ def test_the_map_counts_arrivals_at_the_rates_that_both_have():
                    for seed in range(4)), line("2D d4", "vsd", 0, study.ALIKE[4:]))
     texts = [text.get_text() for text in study_figures.draw_map(found, ["2D d4", "16D d8"])
              .axes[0].texts]
-    assert [text.splitlines()[:2] for text in texts] == 2 * [["VSD 75% of 8",
-                                                              "DisBack 100% of 8"]]
+    assert [text.splitlines()[:2] for text in texts] == 2 * [["VSD 75% of 8", "DisBack 100%"]]
 
 
 def test_the_summary_is_that_of_the_lines(tmp_path):

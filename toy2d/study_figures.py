@@ -12,17 +12,7 @@ import numpy as np
 
 from runtime import files
 from runtime.plots import DATA, OTHER, STUDENT, TARGET, plt, readable, save
-from runtime.study import (
-    Lines,
-    Rates,
-    first_reach,
-    median_interval,
-    of,
-    paired,
-    pooled,
-    rates_of,
-    wilson,
-)
+from runtime.study import Lines, first_reach, median_interval, of, paired, pooled, rates_of, wilson
 from toy2d.study_runs import SHARES
 
 ARRIVED = 0.5  # SWD
@@ -160,15 +150,11 @@ def legend(figure: plt.Figure, columns: int) -> None:
 
 
 def draw_window(lines: Lines, cells: list[str]) -> plt.Figure:
-    """(a) The share of runs that arrive, over the learning rate. Hollow: the fake's is twice it."""
+    """(a) The share of runs that arrive, over the learning rate."""
     figure, axes = panels(len(cells))
     for axis, cell in zip(axes, cells):
         for i, arm in enumerate(NAMES):
-            shift, pairs = 1.04**(i - 2), rates_of(lines, cell, arm)  # beside each other
-            draw_shares(axis, lines, cell, arm, [one for one in pairs if one[0] == one[1]], shift,
-                        marker="o", label=NAMES[arm])
-            draw_shares(axis, lines, cell, arm, [one for one in pairs if one[0] < one[1]], shift,
-                        marker="s", markerfacecolor="white", linestyle="none")
+            draw_shares(axis, lines, cell, arm, 1.04**(i - 2))  # beside each other
         axis.set(title=f"{cell}: {seeds_of(lines, cell)} seeds", xscale="log", ylim=(-0.03, 1.03),
                  xlabel="learning rate of the student")
         ticks = sorted({key[3][0] for key in lines if key[0] == cell})
@@ -176,17 +162,23 @@ def draw_window(lines: Lines, cells: list[str]) -> plt.Figure:
         axis.minorticks_off()
         axis.grid(alpha=0.25)
     axes[0].set_ylabel(f"share of runs that end at SWD ≤ {ARRIVED}")
+    figure.supxlabel("Hollow squares: the fake's rate is twice the student's.", fontsize=10)
     legend(figure, min(6, 1 + 2 * len(cells)))
     return figure
 
 
-def draw_shares(axis: plt.Axes, lines: Lines, cell: str, arm: str, pairs: list[Rates],
-                shift: float, **style: object) -> None:
-    if pairs:
+def draw_shares(axis: plt.Axes, lines: Lines, cell: str, arm: str, shift: float) -> None:
+    """Where both rates are alike, with intervals; hollow where the fake's is twice as high."""
+    pairs = rates_of(lines, cell, arm)
+    alike, faster = ([one for one in pairs if one[1] == times * one[0]] for times in (1, 2))
+    if alike:
         middle, low, high = np.transpose([arrived(pooled(lines, cell, arm, [rates]))
-                                          for rates in pairs])
-        axis.errorbar([rates[0] * shift for rates in pairs], middle, [middle - low, high - middle],
-                      color=COLORS[arm], capsize=3, **style)
+                                          for rates in alike])
+        axis.errorbar([rates[0] * shift for rates in alike], middle, [middle - low, high - middle],
+                      color=COLORS[arm], capsize=3, marker="o", label=NAMES[arm])
+    axis.plot([rates[0] * shift for rates in faster],
+              [arrived(pooled(lines, cell, arm, [rates]))[0] for rates in faster],
+              "s", color=COLORS[arm], markerfacecolor="white")
 
 
 def draw_mechanism(lines: Lines, cells: list[str]) -> plt.Figure:
@@ -267,15 +259,15 @@ def draw_ablations(lines: Lines, cells: list[str]) -> plt.Figure:
             axis.set_ylim(len(arms) - 0.5, -0.5)
             axis.grid(alpha=0.25)
     left.set_xlabel(f"share of runs that end at SWD ≤ {ARRIVED}")
-    right.set_xlabel("evaluations to SWD 0.3 (16D: 0.5) ÷ DisBack's (3: or more)")
+    right.set_xlabel("evaluations to SWD 0.3 (16D: 0.5)\n÷ DisBack's (3: or more)")
     marks = dict(zip(*reversed(left.get_legend_handles_labels())))
     figure.legend(marks.values(), marks, loc="outside upper center", ncols=2)
     return figure
 
 
 def draw_map(lines: Lines, cells: list[str]) -> plt.Figure:
-    """(e) Over dimensions and distance: who arrives more often, at the rates that both arms have;
-    and who is cheaper at the best rates."""
+    """(e) Over dimensions and distance: who arrives more often, at the rates that both arms have,
+    and linear where it has them all; and who is cheaper at the best rates."""
     rows, columns = (sorted({cell.split()[i] for cell in cells}, key=lambda name: int(
         name.strip("dD"))) for i in (0, 1))
     figure, axis = plt.subplots(figsize=(1.5 + 2.4 * len(columns), 1 + 1.3 * len(rows)),
@@ -286,10 +278,11 @@ def draw_map(lines: Lines, cells: list[str]) -> plt.Figure:
         of_vsd, of_ours = (arrived(runs)[0] for runs in (vsd, ours))
         color = plt.get_cmap("RdBu")(0.5 + 0.4 * (of_ours - of_vsd))
         axis.add_patch(plt.Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, color=color))
-        middle, low, high = ratio(lines, cell, "disback")
-        axis.text(x, y, f"VSD {of_vsd:.0%} of {len(vsd)}\nDisBack {of_ours:.0%} of {len(ours)}\n"
-                  f"cost × {middle:.2f} [{low:.2f}, {high:.2f}]", ha="center", va="center",
-                  fontsize=9)
+        slow = pooled(lines, cell, "linear", common(lines, cell))
+        said = f"linear {arrived(slow)[0]:.0%}\n" if len(slow) == len(ours) else ""
+        cost = "cost × {:.2f} [{:.2f}, {:.2f}]".format(*ratio(lines, cell, "disback"))
+        axis.text(x, y, f"VSD {of_vsd:.0%} of {len(vsd)}\nDisBack {of_ours:.0%}\n"
+                  f"{said}{cost.replace('inf', 'never')}", ha="center", va="center", fontsize=9)
     axis.set_xticks(range(len(columns)), [f"distance {name[1:]}" for name in columns])
     axis.set_yticks(range(len(rows)), [f"{name[:-1]} dimensions" for name in rows])
     axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
