@@ -286,7 +286,7 @@ HOSTILE = NAMES | {
     "a name that is split elsewhere": (parameter(text("torch.storage._load_from_bytes")
                                                  + text("__call__") + b"\x93"), "__call__"),
     "a number for a name": (parameter(b"\x82\x01"), "unregistered extension code"),
-    "a persistent id": (parameter(text("x") + b"Q"), "more than tensors"),
+    "a persistent id": (parameter(text("x") + b"Q"), "persistent"),
     "a call of a result": (parameter(call(DICT) + RUN), "not callable"),
     "a call of a tensor": (parameter(tensor() + RUN), "not callable"),
     "another codec": (parameter(call("_codecs.encode", text("x"), text("zip"))), "no attribute"),

@@ -250,9 +250,13 @@ def test_the_map_counts_arrivals_at_the_rates_that_both_have():
     found = runs(*(line(cell, arm, seed, swd=0.2 if seed or arm == "disback" else 0.9)
                    for cell in ("2D d4", "16D d8") for arm in ("vsd", "disback")
                    for seed in range(4)), line("2D d4", "vsd", 0, study.ALIKE[4:]))
+    found |= runs(*(line("16D d8", "linear", seed, swd=0.2 if seed < 2 else 0.9)
+                    for seed in range(4)), line("2D d4", "linear", 0))  # of one seed: not shown
     texts = [text.get_text() for text in study_figures.draw_map(found, ["2D d4", "16D d8"])
              .axes[0].texts]
     assert [text.splitlines()[:2] for text in texts] == 2 * [["VSD 75% of 8", "DisBack 100%"]]
+    assert ["linear" in text for text in texts] == [False, True]
+    assert "linear 50%" in texts[1]
 
 
 def test_the_summary_is_that_of_the_lines(tmp_path):
