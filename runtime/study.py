@@ -112,13 +112,13 @@ def execute(study: Study, job: Job) -> dict:
 
 
 def rounded(value: object) -> object:
-    """Three digits are kept; null stands for what is not finite."""
+    """Four digits are kept; null stands for what is not finite."""
     if isinstance(value, dict):
         return {name: rounded(item) for name, item in value.items()}
     if isinstance(value, list):
         return [rounded(item) for item in value]
     if isinstance(value, float):
-        return float(f"{value:.3g}") if math.isfinite(value) else None
+        return float(f"{value:.4g}") if math.isfinite(value) else None
     return value
 
 

@@ -35,8 +35,12 @@ RATES = ((1e-3, 4e-3), (1e-2, 5e-3))
 @pytest.mark.parametrize("arm", [
     {"stage1": STAGE1}, {"stage2": {"target": "teacher", "fake_updates": 2}},
     {"stage1": STAGE1, "stage2": {"target": "teacher", "fake_init": "degraded"}}], ids=str)
-def test_runs_advanced_together_are_those_of_the_stages(arm, tmp_path, no_figures):
-    together = study_runs.advance(tmp_path, CELL, arm, 3, RATES, 25)
+def test_runs_advanced_together_are_those_of_the_stages(arm, tmp_path, no_figures, monkeypatch):
+    monkeypatch.setattr(study_runs, "LEVELS", (1e9, 0.0))  # reached at once, and never
+    together = study_runs.advance(tmp_path, CELL, arm, 3, RATES, 25, drawn=RATES[1])
+    assert together["reach"] == [[1 / together["steps"], math.inf]] * 2
+    for name in ("swd", "spread", "away", "bias", "teacher"):
+        assert together[name][0] is None and all(map(math.isfinite, together[name][1]))
     for i, (lr_student, lr_fake) in enumerate(RATES):
         out, both = tmp_path / str(i), CELL["both"] | {"seed": 3}
         if "stage1" in arm:
@@ -87,13 +91,16 @@ def test_an_exact_teacher_has_no_error_and_a_fakes_bias_is_measured_as_what_it_i
 
 
 def line(cell="4D d8", arm="vsd", seed=0, rates=study.ALIKE[:2], swd=0.2, **more):
-    """A line as a job leaves it, whose SWD falls from 8 at once to `swd`."""
-    curves = [[8.0] * 4 + [swd] * 12 for _ in rates]
-    watched = {name: curves for name in ("spread", "away", "bias", "teacher")}
+    """A line as a job leaves it, whose SWD falls at 0.08 of stage 2 to `swd`."""
+    reach = [0.08 if swd and swd <= level else None for level in study_runs.LEVELS]
+    curves = dict.fromkeys(("swd", "spread", "away", "bias", "teacher"), [[8.0] * 4 + [swd] * 12])
     return {"cell": cell, "arm": arm, "seed": seed, "rates": [list(pair) for pair in rates],
-            "settings": STUDY.settings(cell, arm), "steps": 100, "stage1": 0.0, "swd": curves,
+            "settings": STUDY.settings(cell, arm), "steps": 100, "stage1": 0.0,
+            "reach": [reach for _ in rates],
             "final": {"swd": [swd for _ in rates], "off_mode": [0.1 for _ in rates],
-                      "mode_tv": [0.1 for _ in rates]}, **watched} | more
+                      "mode_tv": [0.1 for _ in rates]},
+            **study_runs.only(study_figures.DRAWN, rates,
+                              {name: one * len(rates) for name, one in curves.items()})} | more
 
 
 def runs(*lines):
@@ -146,7 +153,7 @@ def test_a_study_that_was_stopped_goes_on(tmp_path, monkeypatch):
         executed.append(job)
         if len(executed) == 3:
             raise KeyboardInterrupt
-        return {name: line(*job)[name] for name in ("steps", "stage1", "final", "swd")}
+        return {name: line(*job)[name] for name in ("steps", "stage1", "final", "reach")}
 
     monkeypatch.setattr(workers, "work", lambda function, jobs, _, take: [
         take(function(job)) for job in jobs])
@@ -185,9 +192,9 @@ def test_two_studies_do_not_write_one_file(tmp_path):
         pass
 
 
-def test_three_digits_are_kept_and_a_run_that_diverged_has_none_and_never_arrives():
-    kept = statistics.rounded({"swd": [[0.123456, 1234.5], [math.nan, math.inf]], "steps": 1000})
-    assert kept == {"swd": [[0.123, 1230.0], [None, None]], "steps": 1000}
+def test_four_digits_are_kept_and_a_run_that_diverged_has_none_and_never_arrives():
+    kept = statistics.rounded({"swd": [[0.123456, 1234.4], [math.nan, math.inf]], "steps": 1000})
+    assert kept == {"swd": [[0.1235, 1234.0], [None, None]], "steps": 1000}
     (run,) = runs(line(rates=study.ALIKE[:1], swd=None)).values()
     assert study_figures.end(run) == math.inf == study_figures.cost("4D d8", run)
     assert study_figures.arrived([run])[0] == 0
@@ -214,7 +221,7 @@ def test_a_cost_counts_stage_1_and_is_of_the_rate_that_the_other_seeds_choose():
     costs = study_figures.costs(found, "4D d8", "vsd")
     assert costs == {seed: math.inf for seed in range(4)}
     (run,) = runs(line(rates=(slow,), swd=0.3, stage1=0.5)).values()
-    reached = 0.5 + 0.5 * study_runs.SHARES[4]
+    reached = 0.5 + 0.5 * 0.08
     assert study_figures.cost("4D d8", run) == pytest.approx(reached)
     (run,) = runs(line(rates=(slow,), swd=0.5, stage1=0.5)).values()
     assert study_figures.cost("16D d8", run) == pytest.approx(reached)
@@ -224,11 +231,9 @@ def test_a_cost_counts_stage_1_and_is_of_the_rate_that_the_other_seeds_choose():
 def test_a_ratio_is_paired_by_seed():
     found = {}
     for seed in range(3):
-        theirs, ours = [8.0] * (4 + seed) + [0.3] * (12 - seed), [8.0] * (2 + seed) + [0.3] * 14
-        found |= runs(line(seed=seed, swd=0.3) | {"swd": [theirs] * 2},
-                      line(seed=seed, arm="disback", swd=0.3) | {"swd": [ours[:16]] * 2})
-    at = study_runs.SHARES
-    expected = [at[2 + seed] / at[4 + seed] for seed in range(3)]
+        for arm, share in (("vsd", 0.08 * (1 + seed)), ("disback", 0.02 * (1 + 2 * seed))):
+            found |= runs(line(seed=seed, arm=arm, reach=[[None, share, None]] * 2))
+    expected = [(1 + 2 * seed) / 4 / (1 + seed) for seed in range(3)]
     assert study_figures.ratio(found, "4D d8", "disback")[0] == pytest.approx(np.median(expected))
 
 

@@ -12,10 +12,11 @@ import numpy as np
 
 from runtime import files
 from runtime.plots import DATA, OTHER, STUDENT, TARGET, plt, readable, save
-from runtime.study import Lines, first_reach, median_interval, of, paired, pooled, rates_of, wilson
-from toy2d.study_runs import SHARES
+from runtime.study import Lines, median_interval, of, paired, pooled, rates_of, wilson
+from toy2d.study_runs import LEVELS, SHARES
 
 ARRIVED = 0.5  # SWD
+DRAWN = 2e-3, 2e-3  # rates whose curves are kept
 COLORS = {"vsd": OTHER, "disback": STUDENT, "degraded fake": TARGET, "vsd k2": "#2c8c5a",
           "disback k2": "#5aa0dc", "linear": "#c03070"}
 NAMES = {"vsd": "VSD", "disback": "DisBack", "degraded fake": "degraded fake alone",
@@ -53,8 +54,8 @@ def seeds_of(lines: Lines, cell: str) -> int:
 def cost(cell: str, run: dict) -> float:
     """The share of the budget, stage 1 included, after which the SWD is first at a level. In 16
     dimensions the ends of most runs are above the others' level."""
-    swd = [math.inf if value is None else value for value in run["swd"]]
-    return first_reach(shares(run), swd, 0.5 if cell.startswith("16D") else 0.3)
+    reached = run["reach"][LEVELS.index(0.5 if cell.startswith("16D") else 0.3)]
+    return math.inf if reached is None else of_budget(run, reached)
 
 
 def by_seed(cell: str, runs: dict[int, dict]) -> dict[int, float]:
@@ -62,9 +63,9 @@ def by_seed(cell: str, runs: dict[int, dict]) -> dict[int, float]:
     return {seed: cost(cell, run) for seed, run in runs.items()}
 
 
-def shares(run: dict) -> list[float]:
-    """Of the budget, at the points of a curve."""
-    return [run["stage1"] + (1 - run["stage1"]) * share for share in SHARES]
+def of_budget(run: dict, share: float) -> float:
+    """Of the budget, at a share of stage 2."""
+    return run["stage1"] + (1 - run["stage1"]) * share
 
 
 def costs(lines: Lines, cell: str, arm: str) -> dict[int, float]:
@@ -111,8 +112,8 @@ def draw(out: Path, lines: Lines, fresh: tuple[int, ...]) -> None:
     both = sorted((cell for cell in {key[0] for key in judged} if common(judged, cell)), key=order)
     figures = {
         "window": (draw_window, [cell for cell in both if len(common(judged, cell)) > 1]),
-        "mechanism": (draw_mechanism, [cell for cell in both if "bias" in pooled(
-            judged, cell, "vsd", common(judged, cell))[0]]),
+        "mechanism": (draw_mechanism, [cell for cell in both if any(
+            "bias" in run for run in of(judged, cell, "vsd", DRAWN).values())]),
         "cost": (draw_cost, both),
         "ablations": (draw_ablations, [cell for cell in both
                                        if rates_of(judged, cell, "forward")]),
@@ -182,19 +183,15 @@ def draw_shares(axis: plt.Axes, lines: Lines, cell: str, arm: str, shift: float)
 
 
 def draw_mechanism(lines: Lines, cells: list[str]) -> plt.Figure:
-    """(b) What happens on the way: medians of the seeds, and their quartiles as bands, at the rates
-    at which VSD and DisBack differ most in the share that arrives."""
+    """(b) What happens on the way: medians of the seeds, and their quartiles as bands."""
     figure, axes = plt.subplots(len(ROWS), len(cells), figsize=(1 + 3.6 * len(cells), 9),
                                 sharex=True, sharey="row", squeeze=False, layout="constrained")
     for column, cell in zip(axes.T, cells):
-        rates = max(common(lines, cell), key=lambda rates: abs(
-            arrived(pooled(lines, cell, "vsd", [rates]))[0]
-            - arrived(pooled(lines, cell, "disback", [rates]))[0]))
-        column[0].set_title(f"{cell}, rates {rates[0]:g}")
+        column[0].set_title(f"{cell}, rates {DRAWN[0]:g}")
         for axis, (name, label) in zip(column, ROWS.items()):
             for arm in NAMES:
-                if runs := pooled(lines, cell, arm, [rates]):
-                    draw_band(axis, runs, name, arm)
+                if runs := of(lines, cell, arm, DRAWN):
+                    draw_band(axis, [*runs.values()], name, arm)
             axis.set(xscale="log", ylabel=label if cell == cells[0] else "")
             axis.grid(alpha=0.25)
         column[-1].set_yscale("log")
@@ -208,8 +205,9 @@ def draw_mechanism(lines: Lines, cells: list[str]) -> plt.Figure:
 def draw_band(axis: plt.Axes, runs: list[dict], name: str, arm: str) -> None:
     curves = np.array([run[name] for run in runs], float)  # None becomes nan
     low, middle, high = np.nanquantile(curves, [0.25, 0.5, 0.75], axis=0)
-    axis.fill_between(shares(runs[0]), low, high, color=COLORS[arm], alpha=0.15, linewidth=0)
-    axis.plot(shares(runs[0]), middle, color=COLORS[arm], label=NAMES[arm])
+    at = [of_budget(runs[0], share) for share in SHARES]
+    axis.fill_between(at, low, high, color=COLORS[arm], alpha=0.15, linewidth=0)
+    axis.plot(at, middle, color=COLORS[arm], label=NAMES[arm])
 
 
 def draw_cost(lines: Lines, cells: list[str]) -> plt.Figure:

@@ -19,12 +19,13 @@ import degrade
 import disback
 from runtime import files, results
 from runtime.interface import Problem
-from runtime.study import Rates, quiet, words
+from runtime.study import Rates, first_reach, quiet, words
 from toy2d import metrics, mixture, model
 from toy2d.problem import RING as PRESET
 
 # Where a run is measured, in shares of its iterations: often while it comes home.
 SHARES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.37, 0.45, 0.55, 0.7, 0.85, 1)
+LEVELS = 0.5, 0.3, 0.2  # of SWD; a line tells when each is reached
 
 
 class Measure(metrics.Evaluation):
@@ -200,10 +201,11 @@ def record(out: Path, flags: dict, control: str | None) -> float:
 
 
 def advance(out: Path, cell: dict, arm: dict, seed: int, rates: tuple[Rates, ...], budget: int,
-            watched: bool = False) -> dict:
+            drawn: Rates | None = None) -> dict:
     """Both stages of all runs, in the folder `out`, and what was measured of them, in the order of
     `rates`. `cell` and `arm` have the flags of both stages under "both", of one under "stage1" and
-    "stage2"; `budget` is in iterations of plain VSD, and pays stage 1 as well."""
+    "stage2"; `budget` is in iterations of plain VSD, and pays stage 1 as well. "reach" has the
+    shares of stage 2 after which SWD is first at each of LEVELS; curves are of `drawn` alone."""
     both = {"seed": seed} | cell.get("both", {})
     later, stage1 = cell.get("stage2", {}) | arm.get("stage2", {}), 0
     with quiet():
@@ -218,11 +220,20 @@ def advance(out: Path, cell: dict, arm: dict, seed: int, rates: tuple[Rates, ...
     runs, data = Runs(args, problem, path, rates), getattr(mixture, problem.config.data)()
     watch, found = Watch(runs, data), []
     problem.snapshot()  # draws random numbers, as the stage does
-    points = {max(1, round(share * steps)) for share in SHARES}
+    points = sorted({max(1, round(share * steps)) for share in SHARES})
     for step in range(1, steps + 1):
         runs.iterate()
         if step in points:
-            found.append({"swd": watch.swd()} | (watch.mechanism() if watched else {}))
-    return {"steps": steps, "stage1": stage1 / (8 * plain * budget), "final": watch.final()} | {
-        name: [list(curve) for curve in zip(*(point[name] for point in found))]
-        for name in found[0]}
+            found.append({"swd": watch.swd()} | (watch.mechanism() if drawn in rates else {}))
+    curves = {name: [list(curve) for curve in zip(*(point[name] for point in found))]
+              for name in found[0]}
+    reach = [[first_reach([point / steps for point in points], curve, level) for level in LEVELS]
+             for curve in curves["swd"]]
+    return {"steps": steps, "stage1": stage1 / (8 * plain * budget), "final": watch.final(),
+            "reach": reach, **only(drawn, rates, curves)}
+
+
+def only(drawn: Rates | None, rates: tuple[Rates, ...], curves: dict[str, list]) -> dict:
+    """The curves at the rates that are drawn, and None in the places of the others."""
+    return {name: [curve if pair == drawn else None for pair, curve in zip(rates, of_name)]
+            for name, of_name in curves.items()} if drawn in rates else {}
