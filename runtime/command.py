@@ -1,6 +1,8 @@
 """How a command of this project ends, and what its words may be."""
 
 import argparse
+import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -14,6 +16,8 @@ import torch.distributed as dist
 from disback import Refusal
 from runtime import errors, folder, ranks
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
 
 def run(main: Callable[[list[str]], None], memory: str = "") -> None:
     """Run a command. A Refusal, a failing disk, a failing compiler or too little memory, where
@@ -22,6 +26,7 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
         if any("\udc80" <= letter <= "\udcff" for letter in "".join(sys.argv)):  # bytes, to Python
             raise Refusal(f"an argument is not UTF-8: {ascii(sys.argv[1:])}")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # an interrupt like Ctrl-C
+        keep_memory()
         main(sys.argv[1:])
     except KeyboardInterrupt as interrupt:
         end(130, "interrupted", str(interrupt))
@@ -39,6 +44,15 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
         folder.leave()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def keep_memory() -> None:
+    """glibc gives blocks above 128 KB back at once, and the system must clear their pages anew in
+    every iteration: let it keep blocks of up to 32 MB, its most. Other libraries lack mallopt."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 2**25)
+        mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
 def end(status: int, *said: str) -> None:

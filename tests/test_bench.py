@@ -1,7 +1,10 @@
 """The benchmarks: what they count is right, and they need neither a file nor the network."""
 
 import functools
+import platform
 import re
+import subprocess
+import sys
 import time
 import types
 
@@ -146,6 +149,22 @@ def test_the_rates_follow_from_the_times(monkeypatch):
 
 def test_milliseconds_are_those_of_one_call():
     assert 20 <= bench.milliseconds(lambda: time.sleep(0.02), 2) < 200
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+def test_memory_that_an_iteration_frees_is_the_next_ones_without_new_pages():
+    code = """if True:
+        import resource, torch
+        from runtime import command
+
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(20):
+                [torch.ones(2**21) for _ in range(4)]  # 32 MB, 8 thousand pages
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        command.run(lambda argv: faults() and print(faults()))"""
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(seen.stdout) < 4000
 
 
 @pytest.mark.parametrize("name, argv", [
