@@ -138,8 +138,8 @@ def rates_of(lines: Lines, cell: str, arm: str) -> list[Rates]:
 
 def of(lines: Lines, cell: str, arm: str, rates: Rates) -> dict[int, dict]:
     """The runs by seed."""
-    return {key[2]: run for key, run in sorted(lines.items(), key=lambda item: item[0])
-            if key[:2] == (cell, arm) and key[3] == rates}
+    found = {key[2]: run for key, run in lines.items() if (*key[:2], key[3]) == (cell, arm, rates)}
+    return dict(sorted(found.items()))
 
 
 def pooled(lines: Lines, cell: str, arm: str, rates: list[Rates]) -> list[dict]:
