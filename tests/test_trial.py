@@ -172,6 +172,8 @@ def test_so_are_the_lines_of_its_log(finished, compared, change):
     file.write_text(json.dumps(read(file)[0] | change) + "\n")
     line = compared()
     assert next(iter(change)) in line and "log.jsonl" in line
+    file.write_text("")
+    assert "log.jsonl has no lines" in compared()
 
 
 @pytest.mark.parametrize("broken", ["none", "cut", "shape", "nan node"])
