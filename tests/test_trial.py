@@ -204,6 +204,16 @@ def test_a_sample_that_cannot_be_written_is_not_drawn(refused, monkeypatch, tmp_
     assert str(tmp_path / "file") in line and "--to" in line
 
 
+def test_nor_is_a_distance_measured_or_a_picture_made(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(sample, "source", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(os, "access", lambda place, mode: pathlib.Path(place) != tmp_path)
+    assert f"denied: {tmp_path}: " in refused(fid.main, [tmp_path])
+    for main, words in ((generate.main, ["cat"]), (gallery.main, ["vsd"])):
+        line = refused(main, [*words, "--out", tmp_path / "new"])
+        assert f"denied: {tmp_path}: name another --out" in line
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_killed_download_goes_at_the_next(monkeypatch, tmp_path):
     file, seen = tmp_path / "teacher.pkl", []
     left, other = (tmp_path / f".{name}.a1b2c3d4.unfinished" for name in (

@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
             raise Refusal(f"{args.out / name} is of no gallery, as {file} is missing: name another "
                           "--out")
     read(file)  # refuses those of another kind
+    files.must_take_files(args.out, "--out")
     if one_run:
         arm = args.variant, args.backtrack, 2 if args.double else 1
         if arm not in arms(args.method):
