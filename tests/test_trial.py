@@ -1,5 +1,6 @@
 """Mistakes that were found by trying the commands with wrong eyes, one test a kind."""
 
+import dataclasses
 import fcntl
 import io
 import json
@@ -21,6 +22,7 @@ import backtrack
 import degrade
 import disback
 from imagenet64 import download, fid, sample
+from imagenet64 import problem as digits
 from runtime import command, files, folder, plots, signals
 from sdxl import figures, generate, layout, model, text, tiny
 from toy2d import problem
@@ -383,6 +385,7 @@ def test_a_home_of_nobody_is_named(refused, main, words):
     (PermissionError(13, "Permission denied", "a/b"), "permission denied: a/b: change its mode"),
     (OSError(28, "No space left on device", "a"), "a: No space left on device: make room"),
     (OSError(122, "Disk quota exceeded", "a"), "a: Disk quota exceeded: make room"),
+    (OSError(28, "No space left"), "a file, maybe a temporary one, whose folder TMPDIR names: No"),
     (NotADirectoryError(20, "Not a directory", "a"), "[Errno 20] Not a directory: 'a'")])
 def test_what_the_system_refuses_is_said_with_what_helps(refused, error, words):
     def main(argv):
@@ -514,3 +517,10 @@ def test_a_moved_teacher_is_known_by_its_hash(refused, tmp_path):
     folder.must_agree(tmp_path, then, {"teacher": str(other), "teacher_sha256": "a"})
     with pytest.raises(disback.Refusal, match="teacher_sha256"):
         folder.must_agree(tmp_path, then, {"teacher": str(other), "teacher_sha256": "b"})
+
+
+def test_a_number_of_a_runs_config_that_cannot_be_is_said_to_be_there(tmp_path):
+    about = {"problem": "imagenet64", "preset": "tiny"} | dataclasses.asdict(digits.TINY)
+    files.save_json(tmp_path / "config.json", {"backtrack": about | {"start_sigma": "80"}})
+    with pytest.raises(disback.Refusal, match="config.json was changed: --start-sigma"):
+        sample.config_of(tmp_path, None, None)
