@@ -18,8 +18,7 @@ class Recorder:
     "linear" and "log" space the others in steps. "arc" spaces them equally in disback.distance
     from the teacher on `samples`, the student's noised ones as (x, sigma, cond) for each part of a
     batch: it writes 2N states at log-spaced steps and drops the most crowded in the end. pack(net)
-    are the tensors to store of a node after the first, write(file, tensors) stores them.
-    """
+    are the tensors of a node after the first, write(file, tensors) stores them."""
 
     def __init__(self, folder: str | Path, teacher: nn.Module, nodes: int, steps: int,
                  samples: Sequence[tuple], spacing: str = "arc",
@@ -27,6 +26,8 @@ class Recorder:
                  write: Callable[[Path, dict[str, Tensor]], None] | None = None):
         assert 1 <= nodes <= steps
         self.folder, self.nodes, self.samples, self.pack = Path(folder), nodes, samples, pack
+        if (self.folder / "path.json").exists():
+            raise disback.Refusal(f"{folder} holds a path already: record into another folder")
         self.write = write or (lambda file, tensors: file.write_bytes(save(tensors)))
         count = min(2 * nodes, steps) if spacing == "arc" else nodes
         self.candidates = {0, *(round(steps * i / count) if spacing == "linear" else
@@ -75,7 +76,6 @@ class Recorder:
 def main(argv: list[str]) -> None:
     from runtime import cli, files, optimizers, place, ranks, results
     from runtime.run import Run
-
     args, problem = cli.start("degrade", __doc__, argv)
     config, batch, out = problem.config, problem.config.batch, args.out / "path"
     degraded = copy.deepcopy(problem.teacher)  # s'_theta, which forgets on the way to the student

@@ -110,11 +110,13 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     ranks.join_ranks()
     device = ranks.device()
-    if args.source.endswith(".npz"):
-        base, config = Path(args.source).with_suffix(".fid"), problem.PRESETS[args.preset or "tiny"]
+    npz = args.source.endswith(".npz")
+    base = Path(args.source).with_suffix(".fid") if npz else sample.default_name(args, "fid")
+    files.must_take_files(base.parent, "folder, for the result,")
+    if npz:
+        config = problem.PRESETS[args.preset or "tiny"]
         batches, size, blocks, about = of_npz(args)
     else:
-        base = sample.default_name(args, "fid")
         with ranks.first_rank_first():
             made, config, about = sample.source(args)
         size, blocks = args.images or 50_000, args.blocks or 3
@@ -127,7 +129,6 @@ def main(argv: list[str]) -> None:
     with ranks.first_rank_first():
         extractor, reference = (features.of_digits(device) if config.images == "digits"
                                 else features.of_inception(*inception_files(args), device))
-    files.must_take_files(base.parent, "folder, for the result,")
     name = f"{base.name}-{size}x{blocks}"
     under_way = base.with_name(name + ".partial.safetensors")
     result = measure(batches, results.SplitOverRanks(extractor), reference, size, blocks, under_way,

@@ -130,8 +130,11 @@ def config_of(run: Path, preset: str | None, node: int | None) -> problem.Config
         settings = stages[stage]
         folder.must_agree(run, settings, {"problem": "imagenet64"})
         folder.must_agree(run, settings, {"preset": preset or settings["preset"]})
-        return problem.Config(**{field.name: settings[field.name]
-                                 for field in dataclasses.fields(problem.Config)})
+        found = {field.name: settings[field.name] for field in dataclasses.fields(problem.Config)}
+    try:
+        return problem.Config(**found)
+    except disback.Refusal as refusal:  # which knows the name of a flag alone
+        raise disback.Refusal(f"{file} was changed: {refusal}") from None
 
 
 def inputs(seeds: range, classes: list[int] | None, config: problem.Config) -> tuple[

@@ -45,16 +45,16 @@ HALVES = 5.06  # the mean distance of random halves of the digits, see README.md
 def advance(cell: str, arm: str, seed: int, rates: tuple[Rates, ...]) -> dict:
     """A path for all rates, and a run at each of them, through the stages themselves."""
     flags, stage1 = CELLS[cell], 0
-    both = {"seed": seed} | flags["both"]
+    both, path = {"seed": seed} | flags["both"], {}
     with tempfile.TemporaryDirectory() as out, quiet():
-        path = Path(out, "path")
         if ARMS[arm].get("target") != "teacher":
             degrade.main(["imagenet64", "--out", out, *words(both | flags["stage1"])])
-            stage1 = disback.DegradationPath(path).about["network_evals"]
+            path = {"path": Path(out, "path")}
+            stage1 = disback.DegradationPath(path["path"]).about["network_evals"]
         batch, k = flags["both"]["batch"], ARMS[arm].get("fake_updates", 1)
         steps = (8 * batch * BUDGET - stage1) // (batch * (4 + 4 * k))
-        later = both | flags["stage2"] | ARMS[arm] | {
-            "path": path, "steps": steps, "save_every": steps, "log_every": steps // POINTS}
+        later = both | flags["stage2"] | ARMS[arm] | path | {
+            "steps": steps, "save_every": steps, "log_every": steps // POINTS}
         found = [distil(Path(out, str(i)), later | {"lr_student": student, "lr_fake": fake})
                  for i, (student, fake) in enumerate(rates)]
     final = {name: [one.pop(name) for one in found] for name in ("frechet", "accuracy")}

@@ -35,6 +35,7 @@ from runtime import command, place, ranks
 ROOT = Path(__file__).parent.parent
 PROBLEMS = sorted(file.parent.name for file in ROOT.glob("*/problem.py"))
 SMALL = {"toy2d": ["--teacher-steps", "100"], "imagenet64": ["--teacher-steps", "20"]}
+STARTED: list[subprocess.Popen] = []  # stages, of any thread
 FP32, BF16 = 1e-4, 0.05  # the largest relative differences; bfloat16 has eight bits
 
 
@@ -147,20 +148,27 @@ def run_stages(name: str, steps: int, report: Callable) -> None:
 
 def stage(*argv: Any) -> str:
     """Run a stage to its end; what it said last where it failed."""
-    done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, text=True,
-                          capture_output=True)
-    return last_line(done.stderr, done.returncode) if done.returncode else ""
+    run = started(*argv)
+    said = run.communicate()[1]
+    return last_line(said, run.returncode) if run.returncode else ""
 
 
 def stop(out: Path, *argv: str, env: dict) -> str:
     """Run a stage until its first checkpoint, and stop it as a cluster does."""
-    run = subprocess.Popen([sys.executable, *argv, "--out", out], cwd=ROOT, env=os.environ | env,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    run = started(*argv, "--out", out, env=env)
     while run.poll() is None and not (out / "state.pt").exists():
         time.sleep(0.02)
     run.send_signal(signal.SIGTERM)
     said = run.communicate()[1]
-    return "" if (out / "state.pt").exists() else last_line(said, run.returncode)
+    killed = run.returncode == -signal.SIGKILL
+    return last_line(said, run.returncode) if killed or not (out / "state.pt").exists() else ""
+
+
+def started(*argv: Any, env: dict | None = None) -> subprocess.Popen:
+    STARTED.append(subprocess.Popen(
+        [sys.executable, *map(str, argv)], cwd=ROOT, env=os.environ | (env or {}), text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    return STARTED[-1]
 
 
 def last_line(said: str, status: int) -> str:
@@ -193,10 +201,17 @@ def main(argv: Sequence[str]) -> None:
     print(f"{'problem':12}{'check':36}{'seen':>10}{'at most':>9}", flush=True)
     with ThreadPoolExecutor() as pool:  # each stage is a process of its own
         runs = [pool.submit(run_stages, name, args.steps, report) for name in args.problems]
-        for name in args.problems:
-            compare(name, report)
-        for run in runs:
-            run.result()
+        try:
+            for name in args.problems:
+                compare(name, report)
+            for run in runs:
+                run.result()
+        except BaseException:  # an interrupt waits for no stage
+            while not all(run.cancel() or run.done() for run in runs):
+                for begun in STARTED:
+                    begun.kill()
+                time.sleep(0.1)
+            raise
     sys.exit(1 if failed else 0)
 
 

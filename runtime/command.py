@@ -22,6 +22,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 def run(main: Callable[[list[str]], None], memory: str = "") -> None:
     """Run a command. A Refusal, a failing disk, a failing compiler or too little memory, where
     `memory` helps, ends it in a line, status 2; an interrupt in a line, status 130."""
+    with contextlib.suppress(AttributeError):  # of what is no terminal, pipe or file
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the locale cannot write
     try:
         if any("\udc80" <= letter <= "\udcff" for letter in "".join(sys.argv)):  # bytes, to Python
             raise Refusal(f"an argument is not UTF-8: {ascii(sys.argv[1:])}")
@@ -105,7 +107,7 @@ def check_common(args: argparse.Namespace) -> None:
         refuse(f"--seed must be from 0 to 2**63 - 1, not {args.seed}")
     if args.accumulate < 1:
         refuse(f"--accumulate must be at least 1, not {args.accumulate}")
-    if args.shard and "RANK" not in os.environ:
+    if args.shard and not os.environ.get("RANK"):
         refuse("--shard spreads over ranks: torchrun --nproc_per_node=N starts them")
     if args.compile:
         check_compiler()

@@ -41,7 +41,8 @@ def in_words(error: Exception, what: str = "") -> str:
         return f"permission denied: {place}: change its mode, or name another"
     why = getattr(error, "strerror", None) or str(error)[:300]
     if number in NO_ROOM:
-        return f"{what or name}: {why}: make room, or write elsewhere"
+        place = what or name or "a file, maybe a temporary one, whose folder TMPDIR names"
+        return f"{place}: {why}: make room, or write elsewhere"
     if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):  # its advice
         why = "it is no file of torch's, or holds more than tensors"
     return f"{what} ({type(error).__name__}: {why})" if what else str(error)

@@ -58,8 +58,11 @@ def enter(stage: str, args: Any) -> None:
         check_state(out, stage, known)
     if stage == "backtrack" and (args.target == "path" or args.fake_init == "degraded"):
         read_path(args.path or out / "path", known)
+    elif stage == "backtrack" and args.path:
+        raise Refusal(f"--path {args.path} is of no use: --target teacher without --fake-init "
+                      "degraded needs no path")
     if stage == "backtrack" and args.compare:
-        check_finished(args.compare, args.problem)
+        check_finished(args.compare, args.problem, args.config)
         if args.compare.resolve() == out.resolve():
             raise Refusal(f"--compare {args.compare} is this run itself: name another one")
     if args.resume and recorded:
@@ -197,6 +200,8 @@ def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
             continue
         if name == "backtrack_steps" and then.get("decay") == "constant":
             continue
+        if then.get(f"{name}_sha256") and value and Path(value).expanduser().exists():
+            continue  # a teacher's or a model's file that was moved: its hash will be looked at
         why = {"backtrack_steps": "the cosine of its learning rates ends there; only a run with "
                "--decay constant can be prolonged",
                "degrade_steps": "its nodes are spread over them",
@@ -226,11 +231,15 @@ def open_path(folder: Path, problem: Problem) -> DegradationPath:
     return path
 
 
-def check_finished(run: Path, problem: str) -> None:
+def check_finished(run: Path, problem: str, config: Config) -> None:
     """Refuse a run that the figures of one of `problem` cannot show beside theirs."""
     about = files.load_json(run / "metrics.json", "--compare takes a finished run")
     if about.get("problem") != problem:
         raise Refusal(f"{run} is a run of {about.get('problem')}: --compare takes one of {problem}")
+    for name in ("data", "images", "size"):  # on which a distance depends, where a problem has it
+        if about.get(name) != (now := getattr(config, name, None)):
+            raise Refusal(f"{run} has {name} {about.get(name)}: --compare takes a run with {now}, "
+                          "as this one")
     with files.blame(f"{run} cannot be compared with: finish that run first"):
         assert about["method"] in ("disback", "vsd"), f"method {about['method']}"
         for name in ("stage1", "stage2"):

@@ -18,8 +18,9 @@ def check_number(file: Path, name: str, value: Any) -> None:
                       "was changed; make it again")
 
 
-def read_log(run: Path) -> list[dict]:
-    """The lines of a run's log, which name numbers; one that a kill has torn is left out."""
+def read_log(run: Path, begun: bool = True) -> list[dict]:
+    """The lines of a run's log, which name numbers; one that a kill has torn is left out. Refusal
+    where one of a run that has `begun` to log has none."""
     file = run / "log.jsonl"
     with files.blame(f"{file} is broken: remove the lines that are not a step's numbers"):
         lines = [json.loads(line) for line in file.read_text().splitlines(True)
@@ -27,6 +28,8 @@ def read_log(run: Path) -> list[dict]:
         for line in lines:
             assert line["step"] >= 0 and all(isinstance(value, int | float) or name == "node"
                                              for name, value in line.items()), line
+    if begun and not lines:
+        raise Refusal(f"{file} has no lines: figures need a run whose folder is whole")
     return lines
 
 
@@ -50,7 +53,7 @@ def read_snapshots(out: Path) -> list[tuple[int, dict[str, Tensor]]]:
 def cut_log(file: Path, step: int) -> None:
     """Remove the lines after `step`, a torn one, and later snapshots: a run that goes on may switch
     elsewhere."""
-    lines = read_log(file.parent) if file.exists() else []
+    lines = read_log(file.parent, begun=False) if file.exists() else []
     kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
     files.atomically(file, lambda beside: beside.write_text("".join(kept)))
     for snapshot in (file.parent / "snapshots").glob("[0-9]*.safetensors"):

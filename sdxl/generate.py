@@ -44,8 +44,8 @@ def main(argv: list[str]) -> None:
     out = args.out or (run if (run / "student").is_dir() else Path("runs")) / "images"
     with files.blame(f"--out takes a folder, which {out} is not"):
         if args.out or run in out.parents:  # else there may be no student
-            out.mkdir(parents=True, exist_ok=True)
             files.must_take_files(out, "--out")
+            out.mkdir(parents=True, exist_ok=True)
     seeds = list(dict.fromkeys(args.seeds))  # a seed that is given twice makes one picture
     jobs = [(prompt, seed) for prompt in args.prompts for seed in seeds]
     names = [out / f"{i // len(seeds):02d}-{seed}.png" for i, (_, seed) in enumerate(jobs)]

@@ -1,5 +1,6 @@
 """The check of a machine, on this one."""
 
+import time
 from concurrent.futures import Future
 
 import pytest
@@ -100,3 +101,20 @@ def test_the_losses_do_not_vanish_and_see_an_input_that_changes(name):
 @pytest.mark.parametrize("argv, cause", [(["toy3d"], "toy3d"), (["--steps", "1"], "--steps")])
 def test_a_mistake_is_refused(argv, cause):
     assert cause in refusal(check.main, argv)
+
+
+def test_an_interrupt_waits_for_no_stage(monkeypatch, tmp_path):
+    def interrupted(*_):
+        while not (tmp_path / "began").exists():
+            time.sleep(0.02)
+        raise KeyboardInterrupt
+
+    (tmp_path / "degrade.py").write_text(
+        "import time; open('began', 'w').close(); time.sleep(60)")
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    monkeypatch.setattr(check, "compare", interrupted)
+    began = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        check.main(["toy2d", "sdxl"])
+    assert time.perf_counter() - began < 30
+    assert all(run.poll() is not None for run in check.STARTED)

@@ -16,6 +16,7 @@ import disback
 from toy2d import metrics, mixture, model, problem
 from toy2d.gallery import (
     __main__,
+    analogues,
     boot,
     conditional,
     core,
@@ -31,6 +32,7 @@ from toy2d.gallery import (
     phased,
     pvd,
     rcm,
+    report,
     runs,
     samplers,
     snoopi,
@@ -899,6 +901,38 @@ def test_lines_of_another_version_are_refused_and_a_torn_one_is_none(capsys, tmp
             {"method": "gone"}, {"variant": []}))):
         file.write_text(other + "\n")
         assert "another kind" in refused(capsys, "table", "--out", str(tmp_path))
+
+
+def test_a_line_of_no_use_is_named_and_no_figure_is_drawn(capsys, tmp_path):
+    line = {"method": "vsd", "variant": "", "backtrack": False, "rate": 1, "seed": 4, "evals": 1,
+            "version": versions.version("vsd"), "numbers": {}, "mode_tv": 0.1, "off_mode": 0.1}
+    for odd in ({}, {"swd": "3"}, {"swd": math.nan}, {"swd": 0.1, "numbers": {"x": math.inf}}):
+        (tmp_path / "lines.jsonl").write_text(json.dumps(line | odd) + "\n")
+        assert "vsd, seed 4, is of no use" in refused(capsys, "table", "--out", str(tmp_path))
+        assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("held", [b"", b"\x10" + bytes(20), None])
+def test_a_cloud_that_is_missing_or_broken_is_named(tmp_path, held):
+    if held is not None:
+        (tmp_path / "clouds").mkdir()
+        (tmp_path / "clouds" / "pvd.safetensors").write_bytes(held)
+    with pytest.raises(disback.Refusal, match="pvd.safetensors is missing or broken: run that"):
+        analogues.cloud(tmp_path, "pvd", "x")
+
+
+def test_nothing_that_is_not_the_gallerys_is_replaced(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    (tmp_path / "README.md").write_text("notes")
+    line = {"method": "vsd", "variant": "", "backtrack": False, "rate": 1, "seed": 4, "evals": 1,
+            "version": versions.version("vsd"), "numbers": {}}
+    report.write(tmp_path, [line | {"swd": 0.1, "mode_tv": 0.1, "off_mode": 0.1}], runs.METHODS)
+    assert (tmp_path / "README.md").read_text() == "notes"
+    for words in (("vsd",), ("all",), ("table",)):
+        assert "table.md is of no gallery" in refused(capsys, *words, "--out", str(tmp_path))
+    (tmp_path / "lines.jsonl").write_text('{"of": "a study"}\n')
+    assert "another kind" in refused(capsys, "vsd", "--out", str(tmp_path))
+    assert (tmp_path / "lines.jsonl").read_text() == '{"of": "a study"}\n'
 
 
 def test_a_version_follows_code_and_kin_but_not_prose(tmp_path, monkeypatch):

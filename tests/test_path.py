@@ -41,7 +41,7 @@ def test_a_path_is_never_recorded_over_another(tmp_path):
     record(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert "holds a path already" in refusal(record, tmp_path, 4, 20, "linear", lambda n: 2.0 * n)
-    assert all((tmp_path / name).read_bytes() == held for name, held in before.items())
+    assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}  # at once
 
 
 def test_the_target_visits_every_node_once_in_order_and_stays_with_the_teacher(tmp_path):

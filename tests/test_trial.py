@@ -1,6 +1,8 @@
 """Mistakes that were found by trying the commands with wrong eyes, one test a kind."""
 
+import dataclasses
 import fcntl
+import io
 import json
 import os
 import pathlib
@@ -13,15 +15,17 @@ import types
 
 import pytest
 import torch
-from conftest import BACKTRACK, DEGRADE, edit, read, refusal
+from conftest import BACKTRACK, DEGRADE, edit, read, refusal, same
 from PIL import Image
 
 import backtrack
 import degrade
 import disback
 from imagenet64 import download, fid, sample
+from imagenet64 import problem as digits
 from runtime import command, files, folder, plots, signals
 from sdxl import figures, generate, layout, model, text, tiny
+from toy2d import problem
 from toy2d.gallery import __main__ as gallery
 
 
@@ -126,7 +130,8 @@ def finished(recorded, tmp_path):
     """As much of a finished run as --compare reads."""
     out = tmp_path / "other"
     line = {"step": 1, "node": 0, "mismatch": 1.0, "network_evals": 1, "swd": 1.0}
-    files.save_json(out / "metrics.json", {"problem": "toy2d", "method": "vsd", "steps": 2,
+    files.save_json(out / "metrics.json", {"problem": "toy2d", "data": "ring", "method": "vsd",
+                                           "steps": 2,
                                            "network_evals": {"stage1": 0, "stage2": 1}})
     (out / "log.jsonl").write_text(json.dumps(line) + "\n")
     for step in (0, 2):
@@ -138,7 +143,7 @@ def finished(recorded, tmp_path):
 @pytest.fixture
 def compared(finished, recorded, refused, no_training, tmp_path):
     """Whether it is refused to compare with that run, in which line, before anything is made."""
-    folder.check_finished(finished, "toy2d")  # as it is
+    folder.check_finished(finished, "toy2d", problem.PRESETS["ring"])  # as it is
 
     def run():
         line = refused(backtrack.main, ["toy2d", "--path", recorded / "path", *BACKTRACK, "--out",
@@ -152,6 +157,7 @@ def compared(finished, recorded, refused, no_training, tmp_path):
 @pytest.mark.parametrize("change, cause", [
     ({"method": "other"}, "method"), ({"method": None}, "method"), ({"steps": 0}, "steps"),
     ({"steps": "many"}, "steps"), ({"problem": "sdxl"}, "sdxl"),
+    ({"data": "grid"}, "grid"), ({"data": None}, "takes a run with ring"),
     ({"network_evals": None}, "finish that run first"),
     ({"network_evals": {"stage1": -1, "stage2": 1}}, "stage1")])
 def test_numbers_that_the_comparison_needs_are_looked_at_first(finished, compared, change, cause):
@@ -168,6 +174,8 @@ def test_so_are_the_lines_of_its_log(finished, compared, change):
     file.write_text(json.dumps(read(file)[0] | change) + "\n")
     line = compared()
     assert next(iter(change)) in line and "log.jsonl" in line
+    file.write_text("")
+    assert "log.jsonl has no lines" in compared()
 
 
 @pytest.mark.parametrize("broken", ["none", "cut", "shape", "nan node"])
@@ -196,6 +204,16 @@ def test_a_sample_that_cannot_be_written_is_not_drawn(refused, monkeypatch, tmp_
     (tmp_path / "file").write_text("mine")
     line = refused(sample.main, ["run", "--to", tmp_path / "file" / "x.npz"])
     assert str(tmp_path / "file") in line and "--to" in line
+
+
+def test_nor_is_a_distance_measured_or_a_picture_made(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(sample, "source", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(os, "access", lambda place, mode: pathlib.Path(place) != tmp_path)
+    assert f"denied: {tmp_path}: " in refused(fid.main, [tmp_path])
+    for main, words in ((generate.main, ["cat"]), (gallery.main, ["vsd"])):
+        line = refused(main, [*words, "--out", tmp_path / "new"])
+        assert f"denied: {tmp_path}: name another --out" in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_download_goes_at_the_next(monkeypatch, tmp_path):
@@ -367,6 +385,7 @@ def test_a_home_of_nobody_is_named(refused, main, words):
     (PermissionError(13, "Permission denied", "a/b"), "permission denied: a/b: change its mode"),
     (OSError(28, "No space left on device", "a"), "a: No space left on device: make room"),
     (OSError(122, "Disk quota exceeded", "a"), "a: Disk quota exceeded: make room"),
+    (OSError(28, "No space left"), "a file, maybe a temporary one, whose folder TMPDIR names: No"),
     (NotADirectoryError(20, "Not a directory", "a"), "[Errno 20] Not a directory: 'a'")])
 def test_what_the_system_refuses_is_said_with_what_helps(refused, error, words):
     def main(argv):
@@ -458,3 +477,50 @@ def test_a_recorded_path_is_not_taken_for_one_of_other_flags(
     with pytest.raises(SystemExit) as ended:
         degrade.main([*map(str, argv)])
     assert not ended.value.code
+
+
+def test_a_path_that_nothing_would_read_is_refused(refused, recorded, tmp_path):
+    argv = ["toy2d", *BACKTRACK, "--out", tmp_path / "new", "--path", recorded / "path",
+            "--target", "teacher"]
+    assert "--path" in refused(backtrack.main, argv)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("rank", ["", "0"])
+def test_a_rank_without_the_other_variables_of_torchrun(
+        refused, monkeypatch, recorded, tmp_path, rank):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", "")
+    argv = ["toy2d", *DEGRADE, "--out", tmp_path / "new"]
+    if rank:
+        assert "unset RANK" in refused(degrade.main, argv)
+        assert not (tmp_path / "new").exists()
+    else:
+        degrade.main(list(map(str, argv)))
+        assert same(*(out / "path" / "04.safetensors" for out in (recorded, tmp_path / "new")))
+
+
+def test_a_name_that_standard_output_cannot_write_ends_no_run(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["stage.py"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    command.run(lambda argv: print("runs/\u00fc", flush=True))
+    assert sys.stdout.buffer.getvalue() == b"runs/\\xfc\n"
+
+
+def test_a_moved_teacher_is_known_by_its_hash(refused, tmp_path):
+    one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    then = {"teacher": str(one), "teacher_sha256": "a"}
+    for name, told in ((str(other), "--teacher"), ("", "--teacher")):
+        with pytest.raises(disback.Refusal, match=told):
+            folder.must_agree(tmp_path, then, {"teacher": name})
+    other.touch()
+    folder.must_agree(tmp_path, then, {"teacher": str(other), "teacher_sha256": "a"})
+    with pytest.raises(disback.Refusal, match="teacher_sha256"):
+        folder.must_agree(tmp_path, then, {"teacher": str(other), "teacher_sha256": "b"})
+
+
+def test_a_number_of_a_runs_config_that_cannot_be_is_said_to_be_there(tmp_path):
+    about = {"problem": "imagenet64", "preset": "tiny"} | dataclasses.asdict(digits.TINY)
+    files.save_json(tmp_path / "config.json", {"backtrack": about | {"start_sigma": "80"}})
+    with pytest.raises(disback.Refusal, match="config.json was changed: --start-sigma"):
+        sample.config_of(tmp_path, None, None)

@@ -2,12 +2,14 @@
 lines lack; then, as `table` does, it writes table.md and gallery.png from the lines alone."""
 
 import functools
+import importlib
 import json
+import math
 import os
 from pathlib import Path
 
 from disback import Refusal
-from runtime import command, workers
+from runtime import command, files, workers
 from runtime.study import appending
 from toy2d.gallery import conditional, report
 from toy2d.gallery.core import Toy
@@ -38,6 +40,12 @@ def main(argv: list[str]) -> None:
         command.refuse("--variant, --backtrack, --double and --seed are of one METHOD")
     if args.method != "all" and args.seeds != parser.get_default("seeds"):
         command.refuse("--seeds is of `all`: --seed names that of one run")
+    for name in ("table.md", "gallery.png", "clouds"):
+        if (args.out / name).exists() and not file.exists():
+            raise Refusal(f"{args.out / name} is of no gallery, as {file} is missing: name another "
+                          "--out")
+    read(file)  # refuses those of another kind
+    files.must_take_files(args.out, "--out")
     if one_run:
         arm = args.variant, args.backtrack, 2 if args.double else 1
         if arm not in arms(args.method):
@@ -67,12 +75,20 @@ def run_all(out: Path, file: Path, seeds: int, jobs: int) -> None:
 
 
 def report_lines(file: Path) -> list[dict]:
-    """All lines of the present code; a run that has none but of another version is refused."""
+    """All lines of the present code; a run that has none but of another version is refused, and a
+    number that is missing or not finite."""
     lines = read(file).values()
     stale = sorted({line["method"] for line in lines if not fresh(line)})
     if stale or not lines:
         raise Refusal(f"{file} has no lines of this version" + (f" of {', '.join(stale)}: " if stale
                       else ": ") + f"python -m toy2d.gallery all --out {file.parent} makes them")
+    for line in lines:
+        with files.blame(f"{file}: a line of {line['method']}, seed {line['seed']}, is of no use: "
+                         "remove it, and `all` makes it again"):
+            analogue = hasattr(importlib.import_module(f"toy2d.gallery.{line['method']}"), "CLAIM")
+            found = [line[name] for name in ("swd", "mode_tv", "off_mode") if not analogue]
+            if not math.isfinite(sum([line["evals"], *line["numbers"].values(), *found])):
+                raise ValueError("not finite")
     return list(lines)
 
 

@@ -5,11 +5,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from runtime import files
 from runtime.plots import DATA, STUDENT, TARGET, plt
 
 
 def first(rows: dict, method: str, back: bool = False) -> dict:
     return rows[method, "", back, 1][0]["numbers"]
+
+
+def cloud(out: Path, name: str, *keys: str) -> list[torch.Tensor]:
+    """What seed 0 of a row has kept for the figure; Refusal where it is not there."""
+    file = out / "clouds" / f"{name}.safetensors"
+    with files.blame(f"{file} is missing or broken: run that METHOD again, with seed 0"):
+        found = load_file(file)
+        return [found[key] for key in keys]
 
 
 def signal(axis: plt.Axes, out: Path, rows: dict) -> None:
@@ -36,9 +45,8 @@ def acceptance(axis: plt.Axes, out: Path, rows: dict) -> None:
 
 def fields(axis: plt.Axes, out: Path, rows: dict) -> None:
     """the field after 200 steps"""
-    found = load_file(out / "clouds" / "pvd.safetensors")
-    both = [found[name].view(48, 48).T for name in ("from rays", "distilled")]
-    axis.imshow(torch.cat(both, dim=1), origin="lower", cmap="magma", vmax=found["distilled"].max())
+    both = [field.view(48, 48).T for field in cloud(out, "pvd", "from rays", "distilled")]
+    axis.imshow(torch.cat(both, dim=1), origin="lower", cmap="magma", vmax=both[1].max())
     axis.set_xticks((24, 72), ("from rays", "distilled"))
     axis.set_yticks([])
 

@@ -4,11 +4,10 @@ import importlib
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from runtime.plots import DATA, STUDENT, TARGET, plt, save
 from toy2d import mixture
-from toy2d.gallery.analogues import acceptance, examples, fields, signal
+from toy2d.gallery.analogues import acceptance, cloud, examples, fields, signal
 
 HEADING = """Seed 0.  Grey: data.  Blue: samples of the student.  Orange: the same, backtracked.
 In brackets: where the student starts (off: untrained, far from the data; copy: as the teacher)
@@ -44,8 +43,8 @@ def clouds(axis: plt.Axes, out: Path, rows: dict, method: str, points: torch.Ten
     for left, back, color in ((0.0, False, STUDENT), (6.6, True, TARGET)):
         lines = rows.get((method, "", back, 1), [{"seed": None}])
         if lines[0]["seed"] == 0:
-            cloud = load_file(out / "clouds" / f"{method}{back * '-backtrack'}.safetensors")["x"]
-            for x, paint, size in ((points, DATA, 1), (cloud, color, 0.8)):
+            (kept,) = cloud(out, f"{method}{back * '-backtrack'}", "x")
+            for x, paint, size in ((points, DATA, 1), (kept, color, 0.8)):
                 axis.plot(x[:, 0] + left, x[:, 1], ".", color=paint, markersize=size)
             axis.text(left, -4, f"SWD {lines[0]['swd']:.2f}", fontsize=8, ha="center")
         else:

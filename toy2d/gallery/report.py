@@ -22,8 +22,9 @@ def write(out: Path, lines: list[dict], methods: tuple[str, ...]) -> None:
         rows.setdefault(key, []).append(line)
     text = "\n".join([*reference(rows), "", *plane(rows, done), "", *analogues(rows, done), ""])
     files.atomically(out / "table.md", lambda beside: beside.write_text(text))
-    if (page := out / "README.md").exists():  # the committed lines' own page shows the table
-        before, _, rest = page.read_text().partition(BEGIN)
+    page = out / "README.md"  # the committed lines' own page shows the table
+    if page.exists() and BEGIN in (held := page.read_text()):
+        before, _, rest = held.partition(BEGIN)
         whole = before + BEGIN + "\n\n" + text + "\n" + END + rest.partition(END)[2]
         files.atomically(page, lambda beside: beside.write_text(whole))
     draw(out, rows, methods)
