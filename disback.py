@@ -153,6 +153,8 @@ class DegradationPath:
     def load(self, node: int, net: nn.Module) -> None:
         """Copy a node's weights over those of `net`, in place: exactly, or Refusal."""
         try:
+            if json.loads((self.folder / "path.json").read_text()) != self.about:
+                raise ValueError("its folder holds another path meanwhile")
             self.load_node(self.files[node], net)
         except (OSError, SafetensorError, ValueError) as error:
             raise Refusal(f"{self.files[node]} is broken, record the path again: {error}") from None

@@ -63,6 +63,8 @@ def parse(stage: str, doc: str, argv: Sequence[str], flags: dict) -> tuple[Any, 
     args.config = dataclasses.replace(module.PRESETS[args.preset], **changes)
     if getattr(args, "dry_run", False):
         print(module.dry_run(args.config))
+        if args.accumulate > 1:  # a pass after the first meets the gradients of those before
+            print(f"note: --accumulate {args.accumulate} is not counted: it takes less")
         sys.exit()
     return args, module
 

@@ -25,6 +25,10 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
     with contextlib.suppress(AttributeError):  # of what is no terminal, pipe or file
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the locale cannot write
     try:
+        cache = os.environ.get("DISBACK_CACHE") or os.path.expanduser("~")
+        words = [word for word in (*sys.argv, cache) if not word.isascii()]
+        if words and sys.getfilesystemencoding() != "utf-8":  # not every library heeds another one
+            raise Refusal(f"the locale is not UTF-8, as {ascii(words[0])} is: set PYTHONUTF8=1")
         if any("\udc80" <= letter <= "\udcff" for letter in "".join(sys.argv)):  # bytes, to Python
             raise Refusal(f"an argument is not UTF-8: {ascii(sys.argv[1:])}")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # an interrupt like Ctrl-C

@@ -51,16 +51,15 @@ def enter(stage: str, args: Any) -> None:
         refuse_taken(out, args)
     elif recorded:
         path = read_path(out / "path", known)
-        must_agree(out / "path", {"nodes": len(path) - 1, "degrade_steps": path.about["steps"][-1]},
-                   {name: known[name] for name in ("nodes", "degrade_steps")})
         must_agree(out / "path", stages_of(out).get("degrade", {}), known, some=True)
     else:
         check_state(out, stage, known)
     if stage == "backtrack" and (args.target == "path" or args.fake_init == "degraded"):
-        read_path(args.path or out / "path", known)
+        path = read_path(args.path or out / "path", known)
+        if vars(args).get("config.nodes", nodes := len(path) - 1) != nodes:
+            print(f"note: --nodes {args.config.nodes} changes nothing: {path.folder} has {nodes}")
     elif stage == "backtrack" and args.path:
-        raise Refusal(f"--path {args.path} is of no use: --target teacher without --fake-init "
-                      "degraded needs no path")
+        raise Refusal(f"--path {args.path} is of no use to --target teacher alone: leave it out")
     if stage == "backtrack" and args.compare:
         check_finished(args.compare, args.problem, args.config)
         if args.compare.resolve() == out.resolve():
@@ -206,7 +205,8 @@ def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
                "--decay constant can be prolonged",
                "degrade_steps": "its nodes are spread over them",
                "path": "that was recorded again since then; name another --out"}.get(
-                   name, "use the same flags")
+                   name, f"the {name[:-7]} of then was another file: use that, or another --out"
+                   if name.endswith("_sha256") else "use the same flags")
         called = name if name.endswith("sha256") or name in ("problem", "path") else flag_of(name)
         raise Refusal(f"{what} was made with {called} {then.get(name)}, not {value}: {why}")
 
@@ -219,7 +219,8 @@ def read_path(folder: Path, known: dict, load_node: Any = None) -> DegradationPa
     for name in ("steps", "positions"):
         for value in path.about[name]:
             check_number(folder / "path.json", name, value)
-    must_agree(folder, path.about, known, some=True)
+    must_agree(folder, path.about | {
+        "nodes": len(path) - 1, "degrade_steps": path.about["steps"][-1]}, known, some=True)
     check_number(folder / "path.json", "network_evals", path.about.get("network_evals", 0))
     return path
 
@@ -245,5 +246,5 @@ def check_finished(run: Path, problem: str, config: Config) -> None:
         for name in ("stage1", "stage2"):
             check_number(run / "metrics.json", name, about["network_evals"][name])
         check_number(run / "metrics.json", "steps", about["steps"] or None)
-    read_log(run)
+        assert read_log(run)[-1]["step"] == about["steps"], "its log ends elsewhere"
     read_snapshots(run)

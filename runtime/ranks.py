@@ -37,14 +37,14 @@ def device() -> torch.device:
 
 def join_ranks() -> None:
     """Join torchrun's ranks, each with a GPU of its own where there are any."""
-    here, gpu = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.is_available()
-    if gpu:
-        if here >= torch.cuda.device_count():
-            raise Refusal(f"there are {torch.cuda.device_count()} GPUs: start no more ranks")
-        torch.cuda.set_device(here)
-        torch.set_float32_matmul_precision("high")  # TF32
-    if os.environ.get("RANK") and not dist.is_initialized():
-        with blame("no ranks to join: start them by torchrun, or unset RANK for one process"):
+    with blame("no ranks to join: start them by torchrun, or unset RANK and LOCAL_RANK"):
+        here, gpu = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.is_available()
+        if gpu:
+            if here >= torch.cuda.device_count():
+                raise Refusal(f"there are {torch.cuda.device_count()} GPUs: start no more ranks")
+            torch.cuda.set_device(here)
+            torch.set_float32_matmul_precision("high")  # TF32
+        if os.environ.get("RANK") and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo",
                                     timeout=timedelta(hours=1))  # the first may train a teacher
 

@@ -61,6 +61,7 @@ class Study:
         args = parser.parse_args(argv)
         quick = Path("runs/study", problem)
         file = (quick if args.quick else self.folder) / "lines.jsonl"
+        files.must_take_files(file.parent, "folder: run from one that takes files")
         if args.figures_only and not file.exists():
             raise Refusal(f"{file} does not exist: run the study first")
         if not args.figures_only:

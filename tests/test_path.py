@@ -37,6 +37,15 @@ def record(folder, nodes=4, steps=20, spacing="linear", place=float, **about):
     return recorder.close(**about), net
 
 
+def test_a_path_that_is_recorded_again_meanwhile_is_not_walked_on(tmp_path):
+    path, _ = record(tmp_path / "a")
+    walk = disback.PathScheduler(path, Shift(), interval=1)
+    for file in (tmp_path / "a").iterdir():
+        file.unlink()
+    record(tmp_path / "a", place=lambda n: 2.0 * n)
+    assert "another path meanwhile" in refusal(walk.step)
+
+
 def test_a_path_is_never_recorded_over_another(tmp_path):
     record(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}

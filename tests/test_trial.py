@@ -23,7 +23,7 @@ import degrade
 import disback
 from imagenet64 import download, fid, sample
 from imagenet64 import problem as digits
-from runtime import command, files, folder, plots, signals
+from runtime import cli, command, files, folder, plots, signals
 from sdxl import figures, generate, layout, model, text, tiny
 from toy2d import problem
 from toy2d.gallery import __main__ as gallery
@@ -129,7 +129,7 @@ def test_a_folder_in_a_files_place_is_refused_before_anything_goes(refused, stag
 def finished(recorded, tmp_path):
     """As much of a finished run as --compare reads."""
     out = tmp_path / "other"
-    line = {"step": 1, "node": 0, "mismatch": 1.0, "network_evals": 1, "swd": 1.0}
+    line = {"step": 2, "node": 0, "mismatch": 1.0, "network_evals": 1, "swd": 1.0}
     files.save_json(out / "metrics.json", {"problem": "toy2d", "data": "ring", "method": "vsd",
                                            "steps": 2,
                                            "network_evals": {"stage1": 0, "stage2": 1}})
@@ -176,6 +176,13 @@ def test_so_are_the_lines_of_its_log(finished, compared, change):
     assert next(iter(change)) in line and "log.jsonl" in line
     file.write_text("")
     assert "log.jsonl has no lines" in compared()
+
+
+@pytest.mark.parametrize("last", [1, 3])  # it was cut; the run was being prolonged
+def test_a_run_whose_log_ends_elsewhere_is_not_finished(finished, compared, last):
+    file = finished / "log.jsonl"
+    file.write_text(json.dumps(read(file)[0] | {"step": last}) + "\n")
+    assert f"{finished} cannot be compared with: finish that run first" in compared()
 
 
 @pytest.mark.parametrize("broken", ["none", "cut", "shape", "nan node"])
@@ -524,3 +531,33 @@ def test_a_number_of_a_runs_config_that_cannot_be_is_said_to_be_there(tmp_path):
     files.save_json(tmp_path / "config.json", {"backtrack": about | {"start_sigma": "80"}})
     with pytest.raises(disback.Refusal, match="config.json was changed: --start-sigma"):
         sample.config_of(tmp_path, None, None)
+
+
+def test_a_number_of_nodes_that_the_path_has_not_is_no_use_and_said_to_be(
+        capsys, recorded, tmp_path):
+    argv = ["toy2d", *BACKTRACK, "--path", str(recorded / "path"), "--out", str(tmp_path / "new")]
+    for count, said in ((2, True), (4, False)):
+        args, module = cli.parse("backtrack", "", [*argv, "--nodes", str(count)], backtrack.FLAGS)
+        args.writes = folder.writes("backtrack", module.WRITES)
+        folder.enter("backtrack", args)
+        folder.leave()
+        assert ("--nodes 2 changes nothing" in capsys.readouterr().out) == said
+
+
+def test_a_local_rank_that_is_no_number(refused, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "first")
+    assert "LOCAL_RANK" in refused(degrade.main, ["toy2d", *DEGRADE])
+
+
+def test_what_a_file_with_a_hash_was_is_told_by_its_flag(tmp_path):
+    for name in ("prompts", "model", "teacher"):
+        told = refusal(folder.must_agree, tmp_path, {f"{name}_sha256": "a"},
+                       {f"{name}_sha256": "b"})
+        assert f"{name}_sha256 a, not b: " in told and "use the same flags" not in told
+
+
+def test_a_locale_that_is_not_utf_8_is_named(refused, monkeypatch):
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    word = "caf\u00e9".encode().decode("ascii", "surrogateescape")
+    assert "PYTHONUTF8=1" in refused(degrade.main, ["toy2d", "--out", word])
+    assert "PYTHONUTF8=1" in refused(degrade.main, ["toy2d", "--out", "caf\u00c3\u00a9"])
