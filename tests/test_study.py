@@ -298,3 +298,12 @@ def test_a_run_that_never_arrives_loses_and_two_of_them_draw():
     ratio = statistics.paired_ratio
     assert ratio(30, 60, 100) == 0.5 and ratio(30, math.inf, 100) == 0.3
     assert ratio(math.inf, 60, 100) == math.inf and ratio(math.inf, math.inf, 100) == 1
+
+
+@pytest.mark.parametrize("more", [[], ["--figures-only"]])
+def test_a_folder_that_takes_no_files_is_refused_before_a_run(monkeypatch, tmp_path, more):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(disback.Refusal, match="permission denied.*run from one that takes files"):
+        STUDY.main(["--quick", *more])
+    assert not list(tmp_path.iterdir())

@@ -21,7 +21,7 @@ from PIL import Image
 import backtrack
 import degrade
 import disback
-from imagenet64 import download, fid, sample
+from imagenet64 import download, features, fid, sample
 from imagenet64 import problem as digits
 from runtime import cli, command, files, folder, plots, signals
 from sdxl import figures, generate, layout, model, text, tiny
@@ -412,6 +412,12 @@ def test_a_snapshot_that_must_not_be_read_is_not_to_be_removed(monkeypatch, tmp_
     monkeypatch.setattr("runtime.records.load_file", shut)
     with pytest.raises(disback.Refusal, match=f"^permission denied: {file}: change its mode"):
         plots.read_snapshots(tmp_path)
+
+
+def test_nobody_is_told_to_trust_a_file_that_is_no_npz(tmp_path):
+    (tmp_path / "a.npz").write_bytes(b"\x1f\x8b no archive")
+    said = refusal(features.read_npz, tmp_path / "a.npz", "mu")
+    assert "a.npz is no .npz file with mu" in said and "trust" not in said
 
 
 def test_nobody_is_told_to_trust_a_file(tmp_path):

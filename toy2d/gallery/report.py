@@ -21,12 +21,12 @@ def write(out: Path, lines: list[dict], methods: tuple[str, ...]) -> None:
         key = tuple(line[name] for name in ("method", "variant", "backtrack", "rate"))
         rows.setdefault(key, []).append(line)
     text = "\n".join([*reference(rows), "", *plane(rows, done), "", *analogues(rows, done), ""])
-    files.atomically(out / "table.md", lambda beside: beside.write_text(text))
+    files.atomically(out / "table.md", lambda beside: beside.write_text(text, "utf-8"))
     page = out / "README.md"  # the committed lines' own page shows the table
-    if page.exists() and BEGIN in (held := page.read_text()):
+    if page.exists() and BEGIN in (held := page.read_text("utf-8")):
         before, _, rest = held.partition(BEGIN)
         whole = before + BEGIN + "\n\n" + text + "\n" + END + rest.partition(END)[2]
-        files.atomically(page, lambda beside: beside.write_text(whole))
+        files.atomically(page, lambda beside: beside.write_text(whole, "utf-8"))
     draw(out, rows, methods)
 
 
