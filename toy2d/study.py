@@ -69,7 +69,9 @@ PLAN = [
     (("16D d8", "4D d8", "2D d8 eps"), ABLATION, ALIKE[1:3], SEEDS),
     (("4D d16", "2D d16", "16D d16"), RULES[:2], ALIKE[1:4], SEEDS),
     (("default",), (*MAIN[:2], *RULES[:2]), ALIKE[1:2], SEEDS),
-    (CHEAP, MAIN, ALIKE + FASTER, SEEDS), (("default",), MAIN[:4], ALIKE[:3], SEEDS)]
+    (CHEAP, MAIN, ALIKE + FASTER, SEEDS),
+    (("4D d16",), (*CONFIRMED, "disback k2"), ALIKE + FASTER, FRESH),
+    (("default",), MAIN[:4], ALIKE[:3], SEEDS)]
 QUICK = [(("4D d8",), MAIN[:2], ALIKE[1::2], SEEDS[:3])]
 
 
