@@ -42,10 +42,9 @@ def main(argv: list[str]) -> None:
         command.refuse("--seeds must be from 0 to 2**63 - 1")
     run = Path(args.student).expanduser()
     out = args.out or (run if (run / "student").is_dir() else Path("runs")) / "images"
-    with files.blame(f"--out takes a folder, which {out} is not"):
-        if args.out or run in out.parents:  # else there may be no student
-            files.must_take_files(out, "--out")
-            out.mkdir(parents=True, exist_ok=True)
+    if args.out or run in out.parents:  # else there may be no student
+        files.must_take_files(out, "--out")
+        out.mkdir(parents=True, exist_ok=True)
     seeds = list(dict.fromkeys(args.seeds))  # a seed that is given twice makes one picture
     jobs = [(prompt, seed) for prompt in args.prompts for seed in seeds]
     names = [out / f"{i // len(seeds):02d}-{seed}.png" for i, (_, seed) in enumerate(jobs)]

@@ -208,7 +208,7 @@ def test_what_generate_cannot_use_is_refused(offline, base, tmp_path):
     line = refusal(generate.load, str(base / UNET), "no/such/place")
     assert "--base" in line and "--model" not in line
     (tmp_path / "file").touch()
-    assert "--out takes a folder" in refusal(
+    assert "is no folder: name another --out" in refusal(
         generate.main, ["a dog", "--student", "none", "--out", str(tmp_path / "file")])
     for words in ("a_dog --batch 0", "a_dog --seeds -1", "a_dog --steps 2", "a_dog --sceds 1", ""):
         assert refusal(generate.main, [*words.split(), "--out", str(tmp_path / "images")])
