@@ -53,6 +53,7 @@ WATCHED = ("default", "4D d8", "2D d8 eps")  # cells whose curves are drawn
 # Learning rates of student and fake: alike, and a faster fake.
 ALIKE = tuple((rate, rate) for rate in (1e-3, 2e-3, 4e-3, 8e-3, 16e-3))
 FASTER = ((4e-3, 8e-3), (8e-3, 16e-3))
+FASTEST = ((16e-3, 32e-3),)
 SLOW_STUDENT = ((2e-3, 4e-3), (2e-3, 8e-3))  # whose rate alone is limited
 SEEDS, FRESH = tuple(range(10)), tuple(range(200, 210))
 # What is run in this order, what tells most first: cells, arms, rates, seeds.
@@ -71,6 +72,7 @@ PLAN = [
     (("default",), (*MAIN[:2], *RULES[:2]), ALIKE[1:2], SEEDS),
     (CHEAP, MAIN, ALIKE + FASTER, SEEDS),
     (("4D d16",), (*CONFIRMED, "disback k2"), ALIKE + FASTER, FRESH),
+    (("4D d16",), (*CONFIRMED, "disback k2"), FASTEST, SEEDS + FRESH),
     (("default",), MAIN[:4], ALIKE[:3], SEEDS)]
 QUICK = [(("4D d8",), MAIN[:2], ALIKE[1::2], SEEDS[:3])]
 
