@@ -79,8 +79,9 @@ def read_reference(file: Path) -> tuple[Tensor, Tensor]:
 def read_npz(file: Path, *names: str) -> list[np.ndarray]:
     """The arrays of these names, none of them unpickled; Refusal where the file lacks one."""
     with files.blame(f"{file} is no .npz file with {' and '.join(names)}"):
-        if not zipfile.is_zipfile(file.open("rb")):  # numpy's advice would be to trust it
-            raise ValueError("it is no archive of arrays")
+        with open(file, "rb") as handle:
+            if not zipfile.is_zipfile(handle):  # numpy's advice would be to trust it
+                raise ValueError("it is no archive of arrays")
         with np.load(file, allow_pickle=False) as data:
             arrays = [data[name] for name in names]
         if not all(isinstance(a, np.ndarray) and a.dtype.kind in "uif" for a in arrays):

@@ -264,6 +264,14 @@ def test_the_map_counts_arrivals_at_the_rates_that_both_have():
     assert "linear 50%" in texts[1]
 
 
+def test_the_figure_of_costs_has_no_mark_where_no_arm_gets_to_the_level():
+    found = runs(*(line(cell, arm, reach=[[None, share, None]] * 2)
+                   for cell, arm, share in (("2D d4", "vsd", 0.1), ("2D d4", "disback", 0.2),
+                                            ("2D d8", "vsd", None), ("2D d8", "disback", None))))
+    axis = study_figures.draw_cost(found, ["2D d4", "2D d8"]).axes[0]
+    assert [round(mark.lines[0].get_ydata()[0]) for mark in axis.containers] == [0]
+
+
 def test_the_summary_is_that_of_the_lines(tmp_path):
     study_figures.write_summary(tmp_path / "again.json",
                                 STUDY.read(study.FOLDER / "lines.jsonl"), study.FRESH)
@@ -304,6 +312,7 @@ def test_a_run_that_never_arrives_loses_and_two_of_them_draw():
 def test_a_folder_that_takes_no_files_is_refused_before_a_run(monkeypatch, tmp_path, more):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(statistics.Study, "run", lambda *_: pytest.fail("it began"))
     with pytest.raises(disback.Refusal, match="permission denied.*run from one that takes files"):
         STUDY.main(["--quick", *more])
     assert not list(tmp_path.iterdir())
