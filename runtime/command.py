@@ -35,7 +35,7 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
         keep_memory()
         main(sys.argv[1:])
     except KeyboardInterrupt as interrupt:
-        end(130, "interrupted", str(interrupt))
+        end(130, ": ".join(["interrupted", *map(str, interrupt.args)]))
     except Exception as error:
         if errors.out_of_memory(error):
             end(2, str(error) or "out of memory", f"({memory})" if memory else "")

@@ -185,7 +185,7 @@ def test_compiling_without_a_compiler_is_refused_at_once(refused, monkeypatch, n
 
 
 @pytest.mark.parametrize("where, said", [
-    (files.lost("the teacher in training"), "interrupted the teacher in training"),
+    (files.lost("the teacher is lost"), "interrupted: the teacher is lost"),
     (files.blame("state.pt is broken"), "interrupted")])
 def test_an_interrupt_outside_the_loops_ends_in_a_line(capsys, monkeypatch, where, said):
     def main(argv):
