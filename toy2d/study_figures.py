@@ -17,6 +17,7 @@ from toy2d.study_runs import LEVELS, SHARES
 
 ARRIVED = 0.5  # SWD
 DRAWN = 2e-3, 2e-3  # rates whose curves are kept
+FIRST = "2D d8", "4D d8", "16D d8"  # cells of the window that is looked at first
 COLORS = {"vsd": OTHER, "disback": STUDENT, "degraded fake": TARGET, "vsd k2": "#2c8c5a",
           "disback k2": "#5aa0dc", "linear": "#c03070"}
 NAMES = {"vsd": "VSD", "disback": "DisBack", "degraded fake": "degraded fake alone",
@@ -110,8 +111,10 @@ def draw(out: Path, lines: Lines, fresh: tuple[int, ...]) -> None:
     write_summary(out / "summary.json", lines, fresh)
     judged = {key: lines[key] for key in sorted(lines) if key[2] not in fresh}
     both = sorted((cell for cell in {key[0] for key in judged} if common(judged, cell)), key=order)
+    several = [cell for cell in both if len(common(judged, cell)) > 1]
     figures = {
-        "window": (draw_window, [cell for cell in both if len(common(judged, cell)) > 1]),
+        "window": (draw_window, [cell for cell in several if cell in FIRST]),
+        "windows": (draw_window, several),
         "mechanism": (draw_mechanism, [cell for cell in both if any(
             "bias" in run for run in of(judged, cell, "vsd", DRAWN).values())]),
         "cost": (draw_cost, both),
