@@ -245,7 +245,7 @@ def test_the_figures_are_redrawn_identically_from_the_lines(tmp_path):
         (tmp_path / name).mkdir()
         study_figures.draw(tmp_path / name, runs(*order), study.FRESH)
         drawn.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
-    assert len(drawn[0]) == 5 and drawn[0] == drawn[1]
+    assert len(drawn[0]) == 6 and drawn[0] == drawn[1]
     rows = json.loads(drawn[0]["summary.json"])
     assert [row["runs"] for row in rows["seeds"]] == 6 * [2]
     assert [row["runs"] for row in rows["fresh seeds"]] == 6 * [1]
