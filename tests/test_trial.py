@@ -569,3 +569,11 @@ def test_a_locale_that_is_not_utf_8_is_named(refused, monkeypatch):
     word = "caf\u00e9".encode().decode("ascii", "surrogateescape")
     assert "PYTHONUTF8=1" in refused(degrade.main, ["toy2d", "--out", word])
     assert "PYTHONUTF8=1" in refused(degrade.main, ["toy2d", "--out", "caf\u00c3\u00a9"])
+
+
+def test_a_cache_that_takes_no_files_is_told_by_its_name(tmp_path):
+    base, none = tiny.folder(files.cached("")), tmp_path / "file"
+    none.touch()
+    for use in (tiny.folder, lambda cache: text.embed(base, ["a dog"], cache)):
+        with pytest.raises(disback.Refusal, match="file is no folder: .*DISBACK_CACHE"):
+            use(none)
