@@ -577,3 +577,8 @@ def test_a_cache_that_takes_no_files_is_told_by_its_name(tmp_path):
     for use in (tiny.folder, lambda cache: text.embed(base, ["a dog"], cache)):
         with pytest.raises(disback.Refusal, match="file is no folder: .*DISBACK_CACHE"):
             use(none)
+
+
+def test_a_path_that_lies_elsewhere_is_named_by_its_flag(refused, tmp_path):
+    line = refused(backtrack.main, ["toy2d", *BACKTRACK, "--out", tmp_path])
+    assert "record the path with degrade.py, or name another by --path" in line
