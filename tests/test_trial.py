@@ -23,7 +23,7 @@ import degrade
 import disback
 from imagenet64 import download, features, fid, sample
 from imagenet64 import problem as digits
-from runtime import cli, command, files, folder, plots, signals
+from runtime import cli, command, files, folder, plots, records, signals
 from sdxl import figures, generate, layout, model, text, tiny
 from toy2d import problem
 from toy2d.gallery import __main__ as gallery
@@ -582,3 +582,9 @@ def test_a_cache_that_takes_no_files_is_told_by_its_name(tmp_path):
 def test_a_path_that_lies_elsewhere_is_named_by_its_flag(refused, tmp_path):
     line = refused(backtrack.main, ["toy2d", *BACKTRACK, "--out", tmp_path])
     assert "record the path with degrade.py, or name another by --path" in line
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", '"0.5"', "null", "[]"])
+def test_a_logs_line_whose_number_is_none_is_told_to_be_the_cause(tmp_path, value):
+    (tmp_path / "log.jsonl").write_text(f'{{"step": 1, "node": 0, "swd": {value}}}\n')
+    assert "log.jsonl is broken: remove the lines" in refusal(records.read_log, tmp_path)
