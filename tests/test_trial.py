@@ -588,3 +588,9 @@ def test_a_path_that_lies_elsewhere_is_named_by_its_flag(refused, tmp_path):
 def test_a_logs_line_whose_number_is_none_is_told_to_be_the_cause(tmp_path, value):
     (tmp_path / "log.jsonl").write_text(f'{{"step": 1, "node": 0, "swd": {value}}}\n')
     assert "log.jsonl is broken: remove the lines" in refusal(records.read_log, tmp_path)
+
+
+def test_help_keeps_the_lines_of_what_a_command_says_of_itself(capsys):
+    with pytest.raises(SystemExit):
+        fid.main(["--help"])
+    assert "python -m imagenet64.fid RUN\n\nRUN is a run's folder" in capsys.readouterr().out
