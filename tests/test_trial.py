@@ -594,3 +594,9 @@ def test_help_keeps_the_lines_of_what_a_command_says_of_itself(capsys):
     with pytest.raises(SystemExit):
         fid.main(["--help"])
     assert "python -m imagenet64.fid RUN\n\nRUN is a run's folder" in capsys.readouterr().out
+
+
+def test_another_problems_run_is_no_matter_of_flags(refused, tmp_path):
+    files.save_json(tmp_path / "config.json", {"backtrack": {"problem": "sdxl"}})
+    line = refused(sample.main, [tmp_path])
+    assert "was made with problem sdxl, not imagenet64: name another" in line
