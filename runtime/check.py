@@ -176,8 +176,7 @@ def last_line(said: str, status: int) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = command.parser("python -m runtime.check", __doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser("python -m runtime.check", __doc__)
     parser.add_argument("problems", nargs="*", default=PROBLEMS, metavar="PROBLEM",
                         help=f"of {', '.join(PROBLEMS)} (default: all)")
     parser.add_argument("--steps", type=command.count, default=20,

@@ -73,7 +73,8 @@ def refuse(message: str) -> None:
 
 def parser(prog: str, doc: str, **more: Any) -> argparse.ArgumentParser:
     """One that takes whole flags alone, and refuses what it does not know."""
-    made = argparse.ArgumentParser(prog, description=doc, allow_abbrev=False, **more)
+    made = argparse.ArgumentParser(prog, description=doc, allow_abbrev=False, **more,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     made.error = refuse
     return made
 

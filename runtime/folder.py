@@ -203,7 +203,7 @@ def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
             continue  # a teacher's or a model's file that was moved: its hash will be looked at
         why = {"backtrack_steps": "the cosine of its learning rates ends there; only a run with "
                "--decay constant can be prolonged",
-               "degrade_steps": "its nodes are spread over them",
+               "degrade_steps": "its nodes are spread over them", "problem": "name another",
                "path": "that was recorded again since then; name another --out"}.get(
                    name, f"the {name[:-7]} of then was another file: use that, or another --out"
                    if name.endswith("_sha256") else "use the same flags")

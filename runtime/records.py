@@ -26,8 +26,9 @@ def read_log(run: Path, begun: bool = True) -> list[dict]:
         lines = [json.loads(line) for line in file.read_text().splitlines(True)
                  if line.endswith("\n")]
         for line in lines:
-            assert line["step"] >= 0 and all(isinstance(value, int | float) or name == "node"
-                                             for name, value in line.items()), line
+            assert line["step"] >= 0 and all(
+                name == "node" or isinstance(value, int | float) and math.isfinite(value)
+                for name, value in line.items()), line
     if begun and not lines:
         raise Refusal(f"{file} has no lines: figures need a run whose folder is whole")
     return lines

@@ -29,6 +29,7 @@ def folder(cache: Path) -> Path:
     name = hashlib.sha256((source + diffusers.__version__ + torch.__version__).encode()).hexdigest()
     made = cache / f"sdxl-tiny-{name[:16]}"
     if not made.exists():
+        files.must_take_files(cache, "cache by DISBACK_CACHE")
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder_beside:
             beside = Path(folder_beside, made.name)

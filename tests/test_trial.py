@@ -23,7 +23,7 @@ import degrade
 import disback
 from imagenet64 import download, features, fid, sample
 from imagenet64 import problem as digits
-from runtime import cli, command, files, folder, plots, signals
+from runtime import cli, command, files, folder, plots, records, signals
 from sdxl import figures, generate, layout, model, text, tiny
 from toy2d import problem
 from toy2d.gallery import __main__ as gallery
@@ -569,3 +569,34 @@ def test_a_locale_that_is_not_utf_8_is_named(refused, monkeypatch):
     word = "caf\u00e9".encode().decode("ascii", "surrogateescape")
     assert "PYTHONUTF8=1" in refused(degrade.main, ["toy2d", "--out", word])
     assert "PYTHONUTF8=1" in refused(degrade.main, ["toy2d", "--out", "caf\u00c3\u00a9"])
+
+
+def test_a_cache_that_takes_no_files_is_told_by_its_name(tmp_path):
+    base, none = tiny.folder(files.cached("")), tmp_path / "file"
+    none.touch()
+    for use in (tiny.folder, lambda cache: text.embed(base, ["a dog"], cache)):
+        with pytest.raises(disback.Refusal, match="file is no folder: .*DISBACK_CACHE"):
+            use(none)
+
+
+def test_a_path_that_lies_elsewhere_is_named_by_its_flag(refused, tmp_path):
+    line = refused(backtrack.main, ["toy2d", *BACKTRACK, "--out", tmp_path])
+    assert "record the path with degrade.py, or name another by --path" in line
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", '"0.5"', "null", "[]"])
+def test_a_logs_line_whose_number_is_none_is_told_to_be_the_cause(tmp_path, value):
+    (tmp_path / "log.jsonl").write_text(f'{{"step": 1, "node": 0, "swd": {value}}}\n')
+    assert "log.jsonl is broken: remove the lines" in refusal(records.read_log, tmp_path)
+
+
+def test_help_keeps_the_lines_of_what_a_command_says_of_itself(capsys):
+    with pytest.raises(SystemExit):
+        fid.main(["--help"])
+    assert "python -m imagenet64.fid RUN\n\nRUN is a run's folder" in capsys.readouterr().out
+
+
+def test_another_problems_run_is_no_matter_of_flags(refused, tmp_path):
+    files.save_json(tmp_path / "config.json", {"backtrack": {"problem": "sdxl"}})
+    line = refused(sample.main, [tmp_path])
+    assert "was made with problem sdxl, not imagenet64: name another" in line
