@@ -130,16 +130,16 @@ def refusal(function, *args, **keywords):
 
 @pytest.fixture
 def refused(capsys, monkeypatch):
-    """refused(main, argv): the one line on standard error of a run that must end with status 2."""
+    """refused(main, argv): the one line on standard error of a run that must end with `status`."""
 
-    def run(main, argv):
+    def run(main, argv, status=2):
         monkeypatch.setattr(sys, "argv", ["stage.py", *map(str, argv)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             command.run(main, "lower --batch")
         said = capsys.readouterr().err
         line = said.strip().splitlines()[-1]
-        assert ended.value.code == 2 and line.startswith("error: ") and "Traceback" not in said
+        assert ended.value.code == status and line.startswith("error: ") and "Traceback" not in said
         return line
 
     return run

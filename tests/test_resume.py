@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import types
@@ -100,23 +101,19 @@ def test_a_finished_stage_1_is_left_as_it_is_by_resume(whole, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         degrade.main(argv)
     assert not ended.value.code and "recorded already" in capsys.readouterr().out
-    assert "--distance 8.0, not 12.0" in refusal(degrade.main, [*argv, "--distance", "12"])
+    for flag, value in (("--distance", "12"), ("--lr-degrade", "0.5"), ("--batch", "128")):
+        assert re.search(f"{flag} .*, not {value}", refusal(degrade.main, [*argv, flag, value]))
     assert "not allowed with argument" in refusal(degrade.main, [*argv, "--overwrite"])
     assert same_path(whole[0], tmp_path)
 
 
-def test_stage_1_refuses_the_checkpoint_of_other_flags_and_a_broken_one(tmp_path, cut_off):
+def test_stage_1_refuses_the_checkpoint_of_other_flags_and_one_that_is_missing(tmp_path, cut_off):
     cut_off(15, degrade.main, [*STAGE1, "--out", tmp_path])
     state = tmp_path / "path" / "state.pt"
     argv = [*STAGE1, "--out", str(tmp_path), "--resume"]
     assert "--lr-degrade 0.002, not 0.5" in refusal(degrade.main, [*argv, "--lr-degrade", "0.5"])
-    kept = state.read_bytes()
-    for broken in (kept[:-1000], b""):
-        state.write_bytes(broken)
-        assert "state.pt" in refusal(degrade.main, argv)
-        assert state.read_bytes() == broken
     state.unlink()
-    assert "state.pt" in refusal(degrade.main, argv)
+    assert str(state) in refusal(degrade.main, argv)
 
 
 def test_what_a_kill_left_half_written_goes_when_the_run_goes_on(finished):

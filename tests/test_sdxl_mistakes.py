@@ -126,6 +126,7 @@ def test_a_unet_of_unknown_blocks_is_refused_naming_the_file(mine):
 
 @pytest.mark.parametrize("content, cause", [
     (b"", "is empty"), (b" \n\n\t\n", "is empty"), (b"a dog\na caf\xe9\n", "byte 0xe9"),
+    ("a cat".encode("utf-16-le"), "UTF-16: save it as UTF-8"),
     (None, "cannot be read")])
 def test_prompts_that_cannot_be_read_are_refused(tmp_path, content, cause):
     file = tmp_path / "prompts.txt"
@@ -274,15 +275,16 @@ def test_code_in_a_file_of_weights_is_not_run(base, tmp_path):
             return (open, (str(tmp_path / "ran"), "w"))
 
     torch.save({"x": Bomb()}, tmp_path / "bomb.bin")
-    assert "bomb.bin" in refusal(generate.load, str(tmp_path / "bomb.bin"), str(base))
+    said = refusal(generate.load, str(tmp_path / "bomb.bin"), str(base))
+    assert "bomb.bin" in said and "holds more than tensors" in said
+    assert "weights_only" not in said  # nobody is told to trust a file
     assert not (tmp_path / "ran").exists()
 
 
-def test_help_names_the_fields_and_a_dry_run_writes_nothing(capsys, tmp_path):
-    for flags, words in ((["--help"], "--guidance"), (["--dry-run"], "AdamW")):
-        with pytest.raises(SystemExit) as ended:
-            degrade.main(["sdxl", "--out", str(tmp_path / "run"), *flags])
-        assert not ended.value.code and words in capsys.readouterr().out
+def test_a_dry_run_writes_nothing(capsys, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        degrade.main(["sdxl", "--out", str(tmp_path / "run"), "--dry-run"])
+    assert not ended.value.code and "AdamW" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

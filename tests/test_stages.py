@@ -54,6 +54,8 @@ def test_the_path_starts_with_the_teacher_and_ends_elsewhere(recorded):
     teacher = make(problem, **TINY).teacher.state_dict()
     assert same(recorded / "path" / "00.safetensors", teacher)
     assert not same(recorded / "path" / "04.safetensors", teacher)
+    about = read(recorded / "path" / "path.json")
+    assert about["problem"] == "toy2d" and len(about["positions"]) == 5
 
 
 def test_the_same_seed_gives_the_same_bits_however_often_it_logs_and_saves(
