@@ -197,15 +197,6 @@ def test_both_stages_write_the_run_folder_with_figures_and_complete_metrics(run)
         assert imread(run / "figures" / figure).std() > 0
 
 
-def test_a_run_that_is_cut_off_resumes_to_the_same_bits(run, tmp_path, monkeypatch, cut_off):
-    monkeypatch.setattr("imagenet64.figures.draw", lambda *args: None)
-    monkeypatch.setattr(problem.Evaluation, "__call__", lambda *args: {})
-    shutil.copytree(run / "path", tmp_path / "path")
-    cut_off(2 * 3 + 2, backtrack.main, [*BACKTRACK, "--out", tmp_path])
-    backtrack.main([*BACKTRACK, "--out", str(tmp_path), "--resume"])
-    assert same(run, tmp_path)
-
-
 def test_snapshots_are_of_the_same_noise_and_labels_in_every_run(run, tiny):
     z, cond = tiny.snapshot()
     with torch.no_grad():

@@ -1,10 +1,10 @@
 """What a mistake with SDXL's files, prompts and sizes gets: one line, nothing written or lost."""
 
+import importlib
 import json
 import logging
 import shutil
 import stat
-import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from conftest import ROOT, edit, make, refusal
+from conftest import edit, make, refusal
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -47,11 +47,6 @@ def test_without_network_or_local_model_the_files_and_the_flag_are_named(offline
     assert "--model" in line and UNET in line
     assert "text_encoder_2/model.safetensors" in line and "tokenizer_2/" in line
     assert ("Error: " in line) == (name in ("", "somebody/something"))  # what the hub's client said
-
-
-def test_a_run_without_a_model_writes_nothing(offline, tmp_path):
-    refusal(degrade.main, ["sdxl", "--preset", "full", "--out", str(tmp_path / "run")])
-    assert [file.name for file in (tmp_path / "run").iterdir()] == [".disback.lock"]
 
 
 @pytest.mark.parametrize("name, spoil, cause", [
@@ -299,11 +294,12 @@ def test_a_dry_run_says_whose_numbers_it_prints_and_heeds_the_size_of_any_model(
         replace(settings.FULL, model="no/such/place", nodes=3))
 
 
-def test_the_settings_are_there_without_the_libraries_that_take_seconds_to_load():
-    """In a process of its own: this one has loaded them."""
-    code = ("import sys, sdxl.problem\n"
-            "assert not {'diffusers', 'transformers'} & {*sys.modules}")
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+def test_the_settings_are_there_without_the_libraries_that_take_seconds_to_load(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "sdxl"]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("diffusers", "transformers"):
+        monkeypatch.setitem(sys.modules, name, None)  # to import it would raise
+    assert importlib.import_module("sdxl.problem").PRESETS
 
 
 @pytest.mark.parametrize("name", ["transformers.utils.import_utils", "diffusers.schedulers",
