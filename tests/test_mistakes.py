@@ -35,6 +35,7 @@ from sdxl import generate
       for flag in ("--start-sigma", "--sigma-data", "--lr-degrade", "--distance")),
     (["toy2d", "--save-every", "9" * 30], "--save-every"),
     (["imagenet64", "--start-sigma", "3.5e38"], "--start-sigma"),
+    (["imagenet64", "--images", "imagenet"], "--images"),  # they are the preset's
     (["sdxl", "--guidance", "1e39"], "--guidance"),
     (["toy2d", "--steps", "20", "--nodes", "21"], "nodes")])
 def test_words_that_make_no_sense_are_refused_by_name(refused, tmp_path, words, cause):

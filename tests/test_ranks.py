@@ -213,7 +213,9 @@ def test_sharded_sdxl_records_and_learns_what_accumulation_does_on_one_rank(tmp_
         down_block_types=("CrossAttnDownBlock2D",), mid_block_type=None,
         up_block_types=("UpBlock2D",)))
     pipe.save_pretrained(tmp_path / "model")
-    flags = ["sdxl", "--model", str(tmp_path / "model"), "--batch", "2", "--nodes", "2", "--steps"]
+    (tmp_path / "two.txt").write_text("a dog\na cat")
+    flags = ["sdxl", "--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "two.txt"),
+             "--batch", "2", "--nodes", "2", "--steps"]
     two, one = tmp_path / "two", tmp_path / "one"
     said, codes = two_ranks(stages(
         ["degrade", *flags, 2, "--shard", "--out", two],

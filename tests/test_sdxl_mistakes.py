@@ -197,6 +197,10 @@ def test_what_generate_cannot_use_is_refused(offline, base, tmp_path):
     for content in (b"", b"weights", b"\x80\x04\x95"):
         (tmp_path / "w.bin").write_bytes(content)
         assert "w.bin" in refusal(generate.load, str(tmp_path / "w.bin"), str(base))
+    for held in ([1, 2], torch.zeros(3), {"state_dict": {}}, {"a": 1}):
+        torch.save(held, tmp_path / "w.bin")
+        assert "no plain state_dict" in refusal(
+            generate.load, str(tmp_path / "w.bin"), str(base))
     unet = model.load_part(UNet2DConditionModel, base, "unet")
     files.save_tensors(tmp_path / "01.safetensors", model.difference(unet, unet))  # of a node
     assert "not hold this UNet" in refusal(

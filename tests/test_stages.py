@@ -42,7 +42,10 @@ def test_both_stages_write_the_run_folder_with_complete_metrics(pair):
     assert vsd["network_evals"]["stage2"] == metrics["network_evals"]["stage2"] == 8 * 64 * 20
     lines = read(run / "log.jsonl")
     assert [line["step"] for line in lines] == [5, 10, 15, 20]  # every fifth at first
-    assert {"node", "loss_fake", "mismatch", "network_evals", "swd"} <= lines[0].keys()
+    assert {"node", "loss_fake", "mismatch", "network_evals", "swd", "data_distance", "spread",
+            "fake_bias", "teacher_error"} <= lines[0].keys()
+    kept = {int(file.stem) for file in (run / "snapshots").iterdir()}
+    assert kept >= {0, 5, 10, 15, 20}
     settings = read(run / "config.json")["backtrack"]
     assert settings["interval"] == 2 and settings["target"] == "path"
 

@@ -93,13 +93,6 @@ def test_a_look_keeps_what_fake_and_target_answer_on_a_grid_around_the_students_
     torch.testing.assert_close(seen["student"], student(watch.z)[:, :2])
 
 
-def test_the_first_iterations_are_diagnosed_and_kept_every_fifth(pair):
-    line = read(pair / "main" / "log.jsonl")[0]
-    assert line.keys() >= {"data_distance", "spread", "fake_bias", "teacher_error", "swd"}
-    kept = {int(file.stem) for file in (pair / "main" / "snapshots").iterdir()}
-    assert kept >= {0, 5, 10, 15, 20} and problem.PRESETS["ring"].log_every == 100
-
-
 def test_the_numbers_and_samples_of_the_page_are_those_of_the_log_and_of_the_snapshots(pair):
     run = pair / "main"
     page = (run / "figures" / "trajectory.html").read_text()
@@ -130,8 +123,8 @@ def test_a_run_beside_another_has_the_same_figures_and_a_wider_animation(pair):
 
 def test_a_run_in_16_dimensions_ends_with_all_figures(tmp_path):
     flags = ["toy2d", "--preset", "ring16", "--out", str(tmp_path)]
-    degrade.main([*flags, *DEGRADE])
-    backtrack.main([*flags, *BACKTRACK])
+    degrade.main([*flags, *DEGRADE, "--nodes", "1"])
+    backtrack.main([*flags, *BACKTRACK, "--steps", "5"])
     assert len(list((tmp_path / "figures").iterdir())) == 6
     student = load_file(tmp_path / "student.safetensors")
     model.Untrained(8.0, 16, 1, 16).load_state_dict(student)
