@@ -84,12 +84,15 @@ def finished(completed, tmp_path, no_figures):
 
 @pytest.fixture(scope="session")
 def pair(recorded, tmp_path_factory):
-    """A run of VSD, and one of DisBack that is compared with it, with all their figures."""
+    """A run of VSD, and one of DisBack that is compared with it, with all its figures."""
     import backtrack
+    from toy2d import figures
 
     out = tmp_path_factory.mktemp("pair")
     shutil.copytree(recorded / "path", out / "main" / "path")
-    backtrack.main(["toy2d", "--out", str(out / "vsd"), "--target", "teacher", *BACKTRACK])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "draw", lambda *args: None)
+        backtrack.main(["toy2d", "--out", str(out / "vsd"), "--target", "teacher", *BACKTRACK])
     backtrack.main(["toy2d", "--out", str(out / "main"), *BACKTRACK, "--compare",
                     str(out / "vsd")])
     return out

@@ -367,7 +367,7 @@ def test_a_run_is_measured_on_three_blocks_of_fifty_thousand_unless_told(monkeyp
     (["gone.npz"], "gone.npz"), (["gone"], "gone"), (["x.npz", "--images", "0"], "--images"),
     (["x.npz", "--images", "11"], "10 images, too few"), (["x.npz", "--preset", "large"], "large"),
     (["x.npz", "--preset", "full"], "uint8"), (["x.npz", "--reference", "x"], "--reference"),
-    (["flat.npz"], "[n, h, w, c]"), (["float.npz"], "uint8"), (["text.npz"], "text.npz is no .npz file"),
+    (["flat.npz"], "[n, h, w, c]"), (["float.npz"], "uint8"), (["text.npz"], "text.npz is no .npz"),
     (["objects.npz"], "objects.npz"), (["empty.npz"], "2 images"), ([], "RUN")])
 def test_the_command_refuses_by_name(monkeypatch, tmp_path, inception, argv, cause):
     monkeypatch.chdir(tmp_path)

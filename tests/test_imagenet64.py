@@ -287,15 +287,12 @@ def test_sampling_refuses_by_name(run, flags, cause):
     assert cause in refusal(sample.main, [str(run), *flags])
 
 
-def test_a_run_of_another_problem_and_a_folder_without_a_run_are_refused(tmp_path):
+def test_what_is_no_finished_run_of_this_problem_and_a_node_of_the_teacher_are_refused(
+        run, tmp_path):
     assert "config.json" in refusal(sample.main, [str(tmp_path)])
     (tmp_path / "config.json").write_text(json.dumps({"backtrack": {"problem": "toy2d"}}))
     assert "toy2d, not imagenet64" in refusal(sample.main, [str(tmp_path)])
     assert "no stage degrade" in refusal(sample.main, [str(tmp_path), "--node", "0"])
-
-
-def test_an_unfinished_run_weights_of_another_network_and_a_node_of_the_teacher_are_refused(
-        run, tmp_path):
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     weights = load_file(run / "student.safetensors")
     del weights["model.out_conv.bias"]

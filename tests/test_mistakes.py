@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import BACKTRACK, DEGRADE, SMALL, edit, refusal
+from conftest import BACKTRACK, DEGRADE, SMALL, refusal
 
 import backtrack
 import degrade
@@ -220,11 +220,3 @@ def test_a_disk_that_fills_while_saving_leaves_the_old_file(refused, tmp_path, s
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert line.startswith("error: cannot write") and "File too large" in line
     assert file.read_text() == "old" and os.listdir(tmp_path) == ["kept"]
-
-
-@pytest.mark.parametrize("peak", ["much", None])
-def test_a_peak_of_memory_that_is_no_number_is_refused(finished, refused, peak):
-    out, argv = finished
-    edit(out / "metrics.json", peak_memory_bytes=peak)
-    line = refused(backtrack.main, [*argv, "--resume"])
-    assert "peak_memory_bytes" in line and repr(peak) in line

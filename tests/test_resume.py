@@ -158,6 +158,8 @@ def test_a_finished_run_keeps_the_peak_of_its_training(finished):
     assert read(out / "metrics.json")["peak_memory_bytes"] == 2**60
     backtrack.main([*argv, "--overwrite"])
     assert read(out / "metrics.json")["peak_memory_bytes"] < 2**60
+    edit(out / "metrics.json", peak_memory_bytes="much")
+    assert "peak_memory_bytes" in refusal(backtrack.main, [*argv, "--resume"])
 
 
 @pytest.fixture

@@ -199,10 +199,11 @@ def test_the_target_is_guided_by_8_in_one_call_as_in_two(tiny):
 
 
 def test_embeddings_are_those_of_diffusers_pipeline(base, pipe, tmp_path):
-    prompts = ["A photo of a dog.", "", "the " * 90, "naïve café"]
+    prompts = 4 * ["a cat", "the " * 90, "", "a dog"] + ["A photo of a dog.", "naïve café"]
     bank = text.embed(base, prompts, tmp_path)
-    for i, prompt in enumerate(prompts):
-        theirs = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
+    assert len(bank["text"]) == len(bank["pooled"]) == 18  # of which 16 are encoded at a time
+    for i in (0, 1, 2, 15, 16, 17):
+        theirs = pipe.encode_prompt(prompts[i], do_classifier_free_guidance=False)
         assert relative(bank["text"][i:i + 1], theirs[0]) <= 1e-6
         assert relative(bank["pooled"][i:i + 1], theirs[2]) <= 1e-6
     kept = text.embed(base, prompts, tmp_path, torch.device("meta"))  # no file is read to that

@@ -161,14 +161,6 @@ def test_the_cache_of_embeddings_knows_prompts_and_encoders(base, mine, tmp_path
     assert len(calls) == 3
 
 
-def test_every_prompt_is_embedded_whatever_their_number(base, tmp_path):
-    prompts = [f"{'q ' * i}dog" for i in range(17)]  # of which 16 are encoded at a time
-    bank, alone = (text.embed(base, words, tmp_path) for words in (prompts, prompts[16:]))
-    for name in ("text", "pooled"):
-        assert len(bank[name]) == 17
-        torch.testing.assert_close(bank[name][16:], alone[name])
-
-
 def test_the_shipped_prompts_are_200_different_ones_of_ascii():
     lines = text.read_prompts(text.SHIPPED)
     assert len(set(lines)) == 200 and all(line.isascii() for line in lines)

@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
-from conftest import BACKTRACK, DEGRADE, TINY, make, read
+from conftest import BACKTRACK, TINY, make, read
+from PIL import Image
 from safetensors.torch import load_file
 
 import backtrack
-import degrade
 from toy2d import diagnosis, mixture, model, problem
 
 
@@ -109,23 +109,18 @@ def test_the_numbers_and_samples_of_the_page_are_those_of_the_log_and_of_the_sna
     assert not re.search(r"https?://|src=|@import", page)  # it opens without a network
 
 
-def test_a_run_beside_another_has_the_same_figures_and_a_wider_animation(pair):
-    from PIL import Image
-
+def test_runs_in_16_dimensions_and_without_a_path_end_with_all_figures_of_one_beside_another(
+        pair, tmp_path):
+    backtrack.main(["toy2d", "--preset", "ring16", "--out", str(tmp_path), *BACKTRACK,
+                    "--target", "teacher", "--steps", "5"])
     names = {"mismatch.png", "path.png", "convergence.png", "mechanism.png", "backtracking.gif",
              "trajectory.html"}
-    for run in ("main", "vsd"):
-        assert {file.name for file in (pair / run / "figures").iterdir()} == names
-    both, one = (Image.open(pair / run / "figures" / "backtracking.gif") for run in ("main", "vsd"))
+    for run in (pair / "main", tmp_path):
+        assert {file.name for file in (run / "figures").iterdir()} == names
+    both, one = (Image.open(run / "figures" / "backtracking.gif")
+                 for run in (pair / "main", tmp_path))
     assert both.width > 1.8 * one.width and both.height == one.height
     assert both.n_frames >= 5
-
-
-def test_a_run_in_16_dimensions_ends_with_all_figures(tmp_path):
-    flags = ["toy2d", "--preset", "ring16", "--out", str(tmp_path)]
-    degrade.main([*flags, *DEGRADE, "--nodes", "1"])
-    backtrack.main([*flags, *BACKTRACK, "--steps", "5"])
-    assert len(list((tmp_path / "figures").iterdir())) == 6
     student = load_file(tmp_path / "student.safetensors")
     model.Untrained(8.0, 16, 1, 16).load_state_dict(student)
     assert read(tmp_path / "metrics.json")["off_plane"] >= 0
