@@ -1,7 +1,7 @@
 """Processes of their own for what needs one: a signal, a kill, a rank. They are forked from a
 server that has imported once what is slow to import; where it could not, they do so themselves."""
 
-import multiprocessing.forkserver
+import multiprocessing
 import os
 import signal
 import socket
@@ -13,7 +13,6 @@ ROOT = Path(__file__).parent.parent
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch._dynamo", "matplotlib.pyplot", "scipy.stats", "backtrack",
                                "degrade", "toy2d.study", "imagenet64.fid", "sdxl.assembly"])
-multiprocessing.forkserver.ensure_running()  # it imports while tests are collected, and run
 
 
 def execute(code, environment, said):

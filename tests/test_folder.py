@@ -104,13 +104,15 @@ time.sleep(300)
 """)
     first.wait_for(held.exists)
     before = everything(out)
-    for flags in ([], ["--overwrite"]):
-        argv = ["toy2d", "--out", out, *DEGRADE, *flags]
-        assert "another process" in refused(degrade.main, argv)
+    argv = ["toy2d", "--out", str(out)]
+    for main, flags in ((degrade.main, DEGRADE), (backtrack.main, BACKTRACK)):
+        for more in ([], ["--overwrite"], ["--resume"]):  # also where there is nothing to resume
+            line = refused(main, [*argv, *flags, *more])
+            assert "another process is at work" in line and "--overwrite" not in line
     assert everything(out) == before
     first.process.kill()
     first.ended()
-    degrade.main(list(map(str, argv)))
+    degrade.main([*argv, *DEGRADE])
 
 
 def test_files_get_the_modes_that_umask_asks_for(tmp_path):

@@ -19,7 +19,7 @@ from processes import Started
 import backtrack
 import degrade
 import disback
-from runtime import files, records
+from runtime import files, records, signals
 from runtime.run import Run
 from toy2d import problem as toy
 
@@ -221,14 +221,19 @@ backtrack.main({argv!r})
     assert numbers[0] == numbers[1]  # the means of the interval in which it was stopped, too
 
 
-def test_outside_the_loop_signals_do_what_they_did(tmp_path):
+def test_outside_the_loop_signals_do_what_they_did_and_an_ignored_one_stops_none():
     def mine(*_):
         raise AssertionError
 
-    before, interrupt = signal.signal(signal.SIGTERM, mine), signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGTERM, mine), signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        degrade.main([*STAGE1, "--out", str(tmp_path)])
+        with signals.heeding_signals() as came:
+            signal.raise_signal(signal.SIGINT)
+            assert not came
+            signal.raise_signal(signal.SIGTERM)
+            assert came
         assert signal.getsignal(signal.SIGTERM) is mine
-        assert signal.getsignal(signal.SIGINT) is interrupt
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])

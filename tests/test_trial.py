@@ -8,7 +8,6 @@ import os
 import pathlib
 import runpy
 import shutil
-import signal
 import stat
 import sys
 
@@ -22,7 +21,7 @@ import degrade
 import disback
 from imagenet64 import download, fid, sample
 from imagenet64 import problem as digits
-from runtime import cli, command, files, folder, plots, ranks, signals
+from runtime import cli, command, files, folder, plots, ranks
 from sdxl import figures, generate, layout, tiny
 from toy2d import problem
 from toy2d.gallery import __main__ as gallery
@@ -30,15 +29,6 @@ from toy2d.gallery import __main__ as gallery
 
 def names(out):
     return sorted(str(file.relative_to(out)) for file in out.rglob("*"))
-
-
-def test_a_refused_run_leaves_a_folder_as_it_was_found(refused, tmp_path):
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "mine.txt").write_text("mine")
-    for out in ("notes", "new/and/deep"):
-        refused(degrade.main, [
-            "imagenet64", "--teacher", tmp_path / "none.safetensors", "--out", tmp_path / out])
-        assert names(tmp_path) == ["notes", "notes/mine.txt"]
 
 
 def test_the_lock_is_on_the_file_that_the_next_process_will_find(monkeypatch, tmp_path):
@@ -270,22 +260,6 @@ def test_a_line_of_the_log_that_cannot_be_is_refused(finished, line):
     assert "log.jsonl is broken: remove the lines" in refusal(folder.read_log, finished)
 
 
-@pytest.mark.parametrize("main, flags", [
-    (degrade.main, DEGRADE), (degrade.main, [*DEGRADE, "--resume"]),
-    (backtrack.main, BACKTRACK), (backtrack.main, [*BACKTRACK, "--resume"])])
-def test_a_folder_in_use_is_said_to_be_so_whatever_else_is_wrong(
-        refused, stage1, monkeypatch, main, flags):
-    def held(handle, how):
-        raise BlockingIOError
-
-    out, _ = stage1
-    (out / "log.jsonl").write_text("")
-    (out / "path" / "path.json").unlink()
-    monkeypatch.setattr(fcntl, "lockf", held)
-    line = refused(main, ["toy2d", "--out", out, *flags])
-    assert "another process is at work" in line and "--overwrite" not in line
-
-
 @pytest.mark.parametrize("stage", ["degrade", "backtrack"])
 def test_too_large_a_network_is_not_blamed_on_the_batch_alone(capsys, monkeypatch, tmp_path, stage):
     monkeypatch.setattr(sys, "argv", [
@@ -294,16 +268,6 @@ def test_too_large_a_network_is_not_blamed_on_the_batch_alone(capsys, monkeypatc
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(stage, run_name="__main__")
     assert ended.value.code == 2 and "the network's size" in capsys.readouterr().err
-
-
-def test_an_interrupt_that_is_ignored_stops_no_training():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with signals.heeding_signals() as came:
-            signal.raise_signal(signal.SIGINT)
-        assert not came and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("main, words", [
