@@ -216,14 +216,15 @@ def test_sharded_sdxl_records_and_learns_what_accumulation_does_on_one_rank(tmp_
     (tmp_path / "two.txt").write_text("a dog\na cat")
     flags = ["sdxl", "--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "two.txt"),
              "--batch", "2", "--nodes", "2", "--steps"]
+    walk = ["--interval", "1", "--fake-updates", "2"]
     two, one = tmp_path / "two", tmp_path / "one"
     said, codes = two_ranks(stages(
         ["degrade", *flags, 2, "--shard", "--out", two],
-        ["backtrack", *flags, 1, "--interval", 1, "--shard", "--out", two],
+        ["backtrack", *flags, 1, *walk, "--shard", "--out", two],
         first="from sdxl import figures; figures.draw = lambda *args: None"))
     assert codes == [0, 0], said
     degrade.main([*flags, "2", "--accumulate", "2", "--out", str(one)])
-    backtrack.main([*flags, "1", "--interval", "1", "--accumulate", "2", "--out", str(one)])
+    backtrack.main([*flags, "1", *walk, "--accumulate", "2", "--out", str(one)])
     for found, expected in ((load_file(two / "path" / "02.safetensors"),
                              load_file(one / "path" / "02.safetensors")),
                             (weights(two), weights(one))):
