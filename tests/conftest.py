@@ -84,12 +84,15 @@ def finished(completed, tmp_path, no_figures):
 
 @pytest.fixture(scope="session")
 def pair(recorded, tmp_path_factory):
-    """A run of VSD, and one of DisBack that is compared with it, with all their figures."""
+    """A run of VSD, and one of DisBack that is compared with it, with all its figures."""
     import backtrack
+    from toy2d import figures
 
     out = tmp_path_factory.mktemp("pair")
     shutil.copytree(recorded / "path", out / "main" / "path")
-    backtrack.main(["toy2d", "--out", str(out / "vsd"), "--target", "teacher", *BACKTRACK])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "draw", lambda *args: None)
+        backtrack.main(["toy2d", "--out", str(out / "vsd"), "--target", "teacher", *BACKTRACK])
     backtrack.main(["toy2d", "--out", str(out / "main"), *BACKTRACK, "--compare",
                     str(out / "vsd")])
     return out
@@ -130,16 +133,16 @@ def refusal(function, *args, **keywords):
 
 @pytest.fixture
 def refused(capsys, monkeypatch):
-    """refused(main, argv): the one line on standard error of a run that must end with status 2."""
+    """refused(main, argv): the one line on standard error of a run that must end with `status`."""
 
-    def run(main, argv):
+    def run(main, argv, status=2):
         monkeypatch.setattr(sys, "argv", ["stage.py", *map(str, argv)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             command.run(main, "lower --batch")
         said = capsys.readouterr().err
         line = said.strip().splitlines()[-1]
-        assert ended.value.code == 2 and line.startswith("error: ") and "Traceback" not in said
+        assert ended.value.code == status and line.startswith("error: ") and "Traceback" not in said
         return line
 
     return run

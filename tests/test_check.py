@@ -61,12 +61,10 @@ def test_the_table_of_a_machine_that_is_sound(capsys, monkeypatch, no_figures, c
     assert all(row.endswith(" ok") for row in rows)
 
 
-def test_a_stage_that_fails_is_told_by_its_last_line_and_another_by_none(monkeypatch):
+def test_a_stage_that_fails_is_told_by_its_last_line_another_by_none_or_stopped(tmp_path):
+    """At its first checkpoint."""
     assert check.stage("-c", "raise SystemExit('a\\nout of luck')") == "out of luck"
     assert check.stage("-c", "pass") == ""
-
-
-def test_a_stage_is_stopped_at_its_first_checkpoint_or_told_by_its_last_line(tmp_path):
     code = "import sys, time; raise SystemExit('out of luck')"
     assert check.stop(tmp_path, "-c", code, env={}) == "out of luck"
     code = "import sys, time; open(sys.argv[2] + '/state.pt', 'w'); time.sleep(60)"

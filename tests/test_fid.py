@@ -199,12 +199,6 @@ def test_images_of_another_size_or_type_are_refused(images):
         features.Extractor((1, 8, 8), extract, {})(images)
 
 
-def test_the_digits_are_at_no_distance_from_their_own_reference():
-    extractor, (mean, cov) = features.of_digits("cpu")
-    own = statistics_of(extractor(features.to_uint8(digits.load()[0])), 1797)
-    assert fid.frechet_distance(own.mean, own.cov, mean, cov) == pytest.approx(0, abs=1e-8)
-
-
 def test_the_classifier_sees_the_digits_where_it_was_trained_between_minus_1_and_1():
     images = digits.load()[0][:100]
     extractor, _ = features.of_digits("cpu")
@@ -373,7 +367,7 @@ def test_a_run_is_measured_on_three_blocks_of_fifty_thousand_unless_told(monkeyp
     (["gone.npz"], "gone.npz"), (["gone"], "gone"), (["x.npz", "--images", "0"], "--images"),
     (["x.npz", "--images", "11"], "10 images, too few"), (["x.npz", "--preset", "large"], "large"),
     (["x.npz", "--preset", "full"], "uint8"), (["x.npz", "--reference", "x"], "--reference"),
-    (["flat.npz"], "[n, h, w, c]"), (["float.npz"], "uint8"), (["text.npz"], "text.npz"),
+    (["flat.npz"], "[n, h, w, c]"), (["float.npz"], "uint8"), (["text.npz"], "text.npz is no .npz"),
     (["objects.npz"], "objects.npz"), (["empty.npz"], "2 images"), ([], "RUN")])
 def test_the_command_refuses_by_name(monkeypatch, tmp_path, inception, argv, cause):
     monkeypatch.chdir(tmp_path)
@@ -384,4 +378,5 @@ def test_the_command_refuses_by_name(monkeypatch, tmp_path, inception, argv, cau
     np.savez("float.npz", np.zeros((10, 8, 8, 1)))
     np.savez("objects.npz", np.array([None]))
     (tmp_path / "text.npz").write_text("no zip")
-    assert cause in refusal(fid.main, argv)
+    said = refusal(fid.main, argv)
+    assert cause in said and "unsafely" not in said  # which numpy would advise

@@ -1,8 +1,9 @@
 """A run's folder: whose files go, who may use it at a time, and what is refused before any work."""
 
+import os
 import shutil
+import signal
 import stat
-import sys
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from processes import Started
 import backtrack
 import degrade
 import disback
-from runtime import command, files, run
+from runtime import command, files, folder, run
 
 
 def everything(out):
@@ -35,16 +36,21 @@ def test_nothing_goes_in_a_folder_that_is_no_runs(refused, tmp_path, config):
     assert everything(tmp_path) == before
 
 
-def test_a_new_stage_1_takes_all_that_the_old_run_wrote_and_nothing_else(finished):
+def test_a_new_stage_1_takes_all_that_the_old_run_wrote_and_nothing_else(capsys, finished):
+    """Also nothing whose name only resembles a run's; it names what stays."""
     out, argv = finished
-    mine = [out / name for name in ("notes.txt", "figures/path2.png", "snapshots/best.safetensors",
-                                    "path/old/00.safetensors", ".tmpabcdef")]
+    mine = [out / name for name in (
+        "notes.txt", "figures/path2.png", "snapshots/best.safetensors", ".tmpabcdef",
+        "path/old/00.safetensors", "path/07-mine.safetensors", "path/step-mine.safetensors",
+        "snapshots/2024-best.safetensors", ".notes.unfinished", "figures/.x.unfinished/mine")]
     for file in mine:
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("mine")
     degrade.main([*argv[:3], *DEGRADE, "--overwrite"])
+    left = "of the run before: .notes.unfinished, .tmpabcdef, notes.txt\n"
+    assert left in capsys.readouterr().out
     assert all(file.read_text() == "mine" for file in mine)
-    held = {file.relative_to(out).parts[0] for file in everything(out).keys() - mine}
+    held = {file.relative_to(out).parts[0] for file in everything(out).keys() - {*mine}}
     assert held == {".disback.lock", "config.json", "path"}
     assert list(read(out / "config.json")) == ["degrade"]
 
@@ -98,13 +104,15 @@ time.sleep(300)
 """)
     first.wait_for(held.exists)
     before = everything(out)
-    for flags in ([], ["--overwrite"]):
-        argv = ["toy2d", "--out", out, *DEGRADE, *flags]
-        assert "another process" in refused(degrade.main, argv)
+    argv = ["toy2d", "--out", str(out)]
+    for main, flags in ((degrade.main, DEGRADE), (backtrack.main, BACKTRACK)):
+        for more in ([], ["--overwrite"], ["--resume"]):  # also where there is nothing to resume
+            line = refused(main, [*argv, *flags, *more])
+            assert "another process is at work" in line and "--overwrite" not in line
     assert everything(out) == before
     first.process.kill()
     first.ended()
-    degrade.main(list(map(str, argv)))
+    degrade.main([*argv, *DEGRADE])
 
 
 def test_files_get_the_modes_that_umask_asks_for(tmp_path):
@@ -168,12 +176,14 @@ def test_a_number_of_the_path_that_cannot_be_is_refused_before_a_teacher_is_trai
     assert "path.json" in refused(backtrack.main, ["toy2d", "--out", out, *BACKTRACK])
 
 
-def test_help_shows_the_values_of_the_preset_that_is_named(capsys):
+def test_help_names_every_field_with_its_comment_and_the_values_of_the_preset(capsys):
     for preset, size in (("tiny", "(32)"), ("full", "(1024)")):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as ended:
             degrade.main(["sdxl", "--preset", preset, "--help"])
         text = " ".join(capsys.readouterr().out.split())
-        assert size in text.split("--size INT")[2].split("--")[0]
+        assert ended.value.code == 0 and size in text.split("--size INT")[2].split("--")[0]
+        assert "--lr-degrade FLOAT learning rate of the degrading teacher" in text
+        assert "--steps" in text and "--backtrack-steps" not in text
 
 
 def test_compiling_without_a_compiler_is_refused_at_once(refused, monkeypatch, no_training):
@@ -187,15 +197,15 @@ def test_compiling_without_a_compiler_is_refused_at_once(refused, monkeypatch, n
 @pytest.mark.parametrize("where, said", [
     (files.lost("the teacher is lost"), "interrupted: the teacher is lost"),
     (files.blame("state.pt is broken"), "interrupted")])
-def test_an_interrupt_outside_the_loops_ends_in_a_line(capsys, monkeypatch, where, said):
+def test_sigterm_outside_the_loops_ends_in_a_line_and_lets_go_of_the_folder(
+        refused, tmp_path, where, said):
     def main(argv):
+        folder.lock(tmp_path / "run")
         with where:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(sys, "argv", ["stage.py"])
-    with pytest.raises(SystemExit) as ended:
-        command.run(main)
-    assert ended.value.code == 130 and capsys.readouterr().err.strip() == "error: " + said
+    assert refused(main, [], 130) == "error: " + said
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_named_whatever_the_writer_says(monkeypatch, tmp_path):

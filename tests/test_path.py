@@ -153,6 +153,16 @@ def test_the_adaptive_walk_waits_until_the_fake_has_caught_up_but_not_for_ever(t
     assert sum(1 for _ in iter(lambda: walk.step(6.0), True)) + 1 == 20  # at most 10 intervals
 
 
+def test_a_scheduler_that_is_restored_has_its_node_its_age_and_its_sum_of_mismatches(tmp_path):
+    path, _ = record(tmp_path)
+    walk, other = (disback.PathScheduler(path, Shift(), 3, adaptive=True) for _ in range(2))
+    for mismatch in (1.0, 1.0, 1.0, 6.0, 6.0):
+        walk.step(mismatch)
+    other.load_state_dict(walk.state_dict())
+    assert other.target.shift.item() == 10.0  # node 2
+    assert not other.step(4.0)  # (6 + 6 + 4) / 3 is above 5
+
+
 def test_a_node_of_another_architecture_is_refused_by_its_name(tmp_path):
     path, _ = record(tmp_path)
     with pytest.raises(disback.Refusal, match="(?s)02.safetensors.*shift"):

@@ -270,9 +270,7 @@ HUGE, DEEP = 2**62, b")" + b"\x85" * 150_000
 DICT, MODULES = "collections.OrderedDict", "torch.nn.modules.container.ModuleDict"
 TENSOR = "torch._utils._rebuild_tensor_v2"
 NAMES = {full: (parameter(call(full, text(TRIPWIRE))), full) for full in (
-    "builtins.exec", "builtins.getattr", "os.system", "copyreg._reconstructor",
-    "operator.attrgetter", "torch.load", "torch.nn.modules.linear.Linear",
-    "numpy.core.multiarray._reconstruct", "numpy.core.numeric._frombuffer")}
+    "builtins.exec", "builtins.getattr", "torch.load", "numpy.core.multiarray._reconstruct")}
 HOSTILE = NAMES | {
     # calls, by every other road that leads to one
     "exec named by lines": (parameter(b"cbuiltins\nexec\n" + RUN), "builtins.exec"),
@@ -292,20 +290,13 @@ HOSTILE = NAMES | {
     "another codec": (parameter(call("_codecs.encode", text("x"), text("zip"))), "no attribute"),
     # states that would change what is there
     "BUILD on a function": (parameter(name(TENSOR) + items(value=b"N") + b"b"), "sets the state"),
-    "slots of a function": (parameter(name(TENSOR) + b"N" + items(__call__=b"N") + b"\x86b"),
-                            "sets the state"),
     "BUILD on a class": (parameter(name(MODULES) + items(__new__=b"N") + b"b"), "TypeError"),
-    "slots of a class": (parameter(name(MODULES) + b"N" + items(value=b"N") + b"\x86b"),
-                         "TypeError"),
     "BUILD on a module that has a state": (parameter(assembled() + b"}b"), "sets the state"),
     "BUILD on a tensor": (parameter(tensor() + items(grad=b"N") + b"b"), "sets the state"),
     # storages
-    "exec within a storage": (stored(pickle.dumps(Code(), 2)), "more than tensors"),
     "exec in torch.save's new format": (stored(saved(
         Code(), _use_new_zipfile_serialization=True)), "more than tensors"),
-    "exec in torch.save's old format": (stored(saved(Code())), "more than tensors"),
     "a tensor for a storage": (stored(saved(torch.arange(6.0))), "something else"),
-    "a list of storages": (stored(saved([torch.arange(6.0)._typed_storage()])), "something else"),
     "a dict for a storage": (shaped(of=b"}"), "no attribute"),
     "text for bytes": (shaped(of=call("torch.storage._load_from_bytes", text("x"))), "bytes-like"),
     "a storage that is cut off": (stored(STORAGE[:-1]), "unexpected EOF"),
@@ -315,30 +306,21 @@ HOSTILE = NAMES | {
     "a negative offset": (shaped(offset=-1), "offset"),
     "a stride beyond the storage": (shaped(size=(2,), stride=(6,)), "out of bounds"),
     "a negative stride": (shaped(stride=(-1,), offset=5), "egative strides"),
-    "strides that spread few numbers": (shaped(size=(6, 6), stride=(0, 1)), "larger"),
     "a stride of 0 and a huge size": (shaped(size=(HUGE,), stride=(0,)), "larger"),
     "fewer strides than sizes": (shaped(size=(2, 3), stride=(1,)), "mismatch"),
     # networks
-    "a module within itself": (checkpoint(name(MODULES) + b")\x81q\x00" + items(
-        _parameters=b"}", _buffers=b"}", _modules=items(m=b"h\x00"),
-        _non_persistent_buffers_set=b"\x8f") + b"b"), "occurs twice"),
     "modules that double": (laughs(7), "occurs twice"),
     "a parameter that is none": (parameter(b"K\x01"), "no attribute"),
     "a parameter without numbers": (parameter(assembled()), "weight is not a tensor"),
-    "a module that is none": (network(modules=items(m=b"K\x01")), "no attribute"),
-    "a module without a state": (network(modules=items(m=name(MODULES) + b")\x81")), "subscript"),
     "a module with half a state": (network(state=items(_buffers=b"}")), "KeyError"),
-    "parameters in a list": (network(parameters=b"]"), "no attribute"),
     "no tensor at all": (network(), "no tensor"),
     "no ema": (b"\x80\x04}.", "ema"),
     "a list": (b"\x80\x04].", "TypeError"),
-    "an ema that is a tensor": (checkpoint(tensor()), "IndexError"),
     "more after its end": (parameter(tensor()) + b"x", "after its end"),
     "a protocol to come": (b"\x80\x06}.", "protocol"),
     "text longer than the file": (parameter(b"X\xff\xff\xff\x00x"), "only 69 remain"),
     "bytes longer than any memory": (parameter(b"\x8e" + b"\xff" * 7 + b"\x7f"), "too large"),
     "tuples nested deep for a key": (parameter(b"}" + DEEP + b"Ns"), "too many tuples"),
-    "tuples nested deep in a set": (parameter(b"\x8f(" + DEEP + b"\x90"), "too many tuples"),
     "a huge memo slot": (parameter(b"K\x01r\xff\xff\xff\x7f"), "a place in the memo"),
     "a mark that is missing": (parameter(b"ttttt"), "UnpicklingError"),
     "nothing": (b"", ""),

@@ -61,26 +61,22 @@ def assert_same_run(out, alone):
             assert row[name] == pytest.approx(expected[name], rel=1e-4)
 
 
-@pytest.mark.parametrize("flags, updates", [
-    (["--shard"], []), (["--accumulate", "4"], ["--fake-updates", "2"])])
-def test_two_ranks_learn_what_one_does(
-        recorded, completed, tmp_path, no_figures, flags, updates):
-    out = ["toy2d", "--out", tmp_path]
-    said, codes = two_ranks(stages(["degrade", *out, *DEGRADE, *flags],
-                                   ["backtrack", *out, *BACKTRACK, *flags, *updates]))
+def test_two_sharded_ranks_learn_what_one_does(completed, tmp_path):
+    out = ["toy2d", "--out", tmp_path, "--shard"]
+    said, codes = two_ranks(stages(["degrade", *out, *DEGRADE], ["backtrack", *out, *BACKTRACK]))
     assert codes == [0, 0], said
-    if updates:
-        completed = tmp_path / "alone"
-        shutil.copytree(recorded / "path", completed / "path")
-        backtrack.main(["toy2d", "--out", str(completed), *BACKTRACK, *flags, *updates])
     assert_same_run(tmp_path, completed)
 
 
-def test_torchrun_starts_the_ranks(recorded, completed, tmp_path):
-    """Its ranks are forked here, as to import torch anew would take each of them seconds."""
-    shutil.copytree(recorded / "path", tmp_path / "path")
-    argv = ["--standalone", "--nproc-per-node", "2", "backtrack.py", "toy2d", "--out",
-            str(tmp_path), *BACKTRACK]
+def test_ranks_that_torchrun_starts_and_that_accumulate_learn_what_one_does(
+        recorded, tmp_path, no_figures):
+    """They are forked here, as to import torch anew would take each of them seconds."""
+    shutil.copytree(recorded / "path", tmp_path / "alone" / "path")
+    more = [*BACKTRACK, "--accumulate", "4", "--fake-updates", "2"]
+    backtrack.main(["toy2d", "--out", str(tmp_path / "alone"), *more])
+    two = ["toy2d", "--out", str(tmp_path / "two")]
+    argvs = [["--standalone", "--nproc-per-node", "2", *words] for words in (
+        ["degrade.py", *two, *DEGRADE, "--accumulate", "4"], ["backtrack.py", *two, *more])]
     said, code = Started(stages(first=f"""
 import runpy
 from torch.distributed import run as torchrun
@@ -91,10 +87,11 @@ def fork(config, entrypoint):
     config.start_method = "fork"
     return launch(config, script)
 launch, torchrun.elastic_launch = torchrun.elastic_launch, fork
-torchrun.main({argv!r})
+for argv in {argvs!r}:
+    torchrun.main(argv)
 """), OMP_NUM_THREADS="1").ended()
     assert code == 0, said
-    assert_same_run(tmp_path, completed)
+    assert_same_run(tmp_path / "two", tmp_path / "alone")
 
 
 def test_one_rank_that_accumulates_has_the_same_gradients_and_learns_the_same(
@@ -216,15 +213,18 @@ def test_sharded_sdxl_records_and_learns_what_accumulation_does_on_one_rank(tmp_
         down_block_types=("CrossAttnDownBlock2D",), mid_block_type=None,
         up_block_types=("UpBlock2D",)))
     pipe.save_pretrained(tmp_path / "model")
-    flags = ["sdxl", "--model", str(tmp_path / "model"), "--batch", "2", "--nodes", "2", "--steps"]
+    (tmp_path / "two.txt").write_text("a dog\na cat")
+    flags = ["sdxl", "--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "two.txt"),
+             "--batch", "2", "--nodes", "2", "--steps"]
+    walk = ["--interval", "1", "--fake-updates", "2"]
     two, one = tmp_path / "two", tmp_path / "one"
     said, codes = two_ranks(stages(
         ["degrade", *flags, 2, "--shard", "--out", two],
-        ["backtrack", *flags, 1, "--interval", 1, "--shard", "--out", two],
+        ["backtrack", *flags, 1, *walk, "--shard", "--out", two],
         first="from sdxl import figures; figures.draw = lambda *args: None"))
     assert codes == [0, 0], said
     degrade.main([*flags, "2", "--accumulate", "2", "--out", str(one)])
-    backtrack.main([*flags, "1", "--interval", "1", "--accumulate", "2", "--out", str(one)])
+    backtrack.main([*flags, "1", *walk, "--accumulate", "2", "--out", str(one)])
     for found, expected in ((load_file(two / "path" / "02.safetensors"),
                              load_file(one / "path" / "02.safetensors")),
                             (weights(two), weights(one))):

@@ -91,8 +91,6 @@ def test_each_part_of_a_pipeline_is_loaded_strictly(mine, part, change):
 
 @pytest.mark.parametrize("change, cause", [
     ("not finite", "not finite: conv_in.bias"), ("type I8", "conv_in.bias [16] torch.int8"),
-    ("type C64", "torch.complex64"), ("missing_keys", "lacks ['conv_in.bias [16]'] (1)"),
-    ("unexpected_keys", "has ['more [1]'] (1)"), ("shape", "has ['conv_in.bias [5, 5]']"),
     ("_orig_mod", "has ['_orig_mod.add_embedding")])
 def test_a_students_file_is_loaded_strictly(base, tmp_path, change, cause):
     weights = load_file(layout.weights(base, "unet")[0][0])
