@@ -73,7 +73,8 @@ PLAN = [
     (CHEAP, MAIN, ALIKE + FASTER, SEEDS),
     (("4D d16",), (*CONFIRMED, "disback k2"), ALIKE + FASTER, FRESH),
     (("4D d16",), (*CONFIRMED, "disback k2"), FASTEST, SEEDS + FRESH),
-    (("default",), MAIN[:4], ALIKE[:3], SEEDS)]
+    (("default",), MAIN, ALIKE + FASTER, SEEDS),
+    (("default",), MAIN[:3], (ALIKE[0], ALIKE[2], *FASTER), FRESH)]  # the best of each arm
 QUICK = [(("4D d8",), MAIN[:2], ALIKE[1::2], SEEDS[:3])]
 
 
