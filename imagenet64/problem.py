@@ -212,7 +212,7 @@ def digits_teacher(config: Config) -> Path:
     if not file.exists():
         torch.manual_seed(0)
         net = edm.Denoiser(**NETWORKS["digits"])
-        with files.lost("the teacher in training is lost: the next run begins it again"):
+        with files.lost("the teacher in training: the next run begins it again"):
             train(net, config)
         files.save_tensors(file, net.state_dict())
     return file

@@ -138,7 +138,7 @@ def trained_teacher(config: Config, data: mixture.Mixture) -> tuple[model.Denois
     name = hashlib.sha256(depends_on.encode()).hexdigest()[:16]
     file = files.cached(f"toy2d-{config.data}-{name}.safetensors")
     if not file.exists():
-        with files.lost("the teacher in training is lost: the next run begins it again"):
+        with files.lost("the teacher in training: the next run begins it again"):
             train(net, config, data)
         if not all(weight.isfinite().all() for weight in net.parameters()):
             raise disback.Refusal("the teacher's training diverged: try a lower --teacher-lr")
