@@ -134,12 +134,13 @@ def runs_of(line: dict) -> Lines:
 
 
 def rates_of(lines: Lines, cell: str, arm: str) -> list[Rates]:
-    return sorted({key[3] for key in lines if key[:2] == (cell, arm)})
+    return sorted({key[3] for key in lines if key[0] == cell and key[1] == arm})
 
 
 def of(lines: Lines, cell: str, arm: str, rates: Rates) -> dict[int, dict]:
     """The runs by seed."""
-    found = {key[2]: run for key, run in lines.items() if (*key[:2], key[3]) == (cell, arm, rates)}
+    found = {key[2]: run for key, run in lines.items()
+             if key[0] == cell and key[1] == arm and key[3] == rates}
     return dict(sorted(found.items()))
 
 
