@@ -51,7 +51,7 @@ def test_vsd_loss_has_the_gradient_of_the_kl_divergence_between_noised_gaussians
     assert b.grad.item() == pytest.approx(expected[1].item(), rel=0.02)
 
 
-@pytest.mark.parametrize("weighting", ["eps", "dmd"])
+@pytest.mark.parametrize("weighting", WEIGHTS)
 def test_vsd_over_all_sigma_moves_a_gaussian_student_onto_the_teacher(gaussian, weighting):
     torch.manual_seed(0)
     a, b = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (3.0, 0.3))

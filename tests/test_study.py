@@ -251,6 +251,18 @@ def test_the_figures_are_redrawn_identically_from_the_lines(tmp_path):
     assert [row["runs"] for row in rows["fresh seeds"]] == 6 * [1]
 
 
+def test_the_window_that_is_looked_at_first_has_three_cells_and_the_other_all(
+        monkeypatch, tmp_path):
+    titles = {}
+    monkeypatch.setattr(study_figures, "save", lambda figure, file: titles.update(
+        {file.stem: [axis.get_title().partition(":")[0] for axis in figure.axes]}))
+    found = runs(*(line(cell, arm, 0) for cell in ("16D d8", "4D d8", "2D d4", "2D d8")
+                   for arm in ("vsd", "disback")))
+    study_figures.draw(tmp_path, found, study.FRESH)
+    assert titles["window"] == ["2D d8", "4D d8", "16D d8"]
+    assert [name for name in titles["windows"] if name] == ["2D d4", *titles["window"]]
+
+
 def test_the_map_counts_arrivals_at_the_rates_that_both_have():
     found = runs(*(line(cell, arm, seed, swd=0.2 if seed or arm == "disback" else 0.9)
                    for cell in ("2D d4", "16D d8") for arm in ("vsd", "disback")
