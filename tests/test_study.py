@@ -57,6 +57,16 @@ def test_runs_advanced_together_are_those_of_the_stages(arm, tmp_path, no_figure
     assert together["final"]["swd"][0] != pytest.approx(together["final"]["swd"][1], rel=1e-2)
 
 
+def test_a_fake_that_is_the_teacher_moves_no_student(tmp_path, no_figures):
+    args, problem, path = backtrack.prepare(["toy2d", "--out", str(tmp_path), *words(
+        CELL["both"] | CELL["stage2"] | {"target": "teacher"})])
+    runs = study_runs.Runs(args, problem, path, RATES)
+    before = [weight.detach().clone() for weight in runs.student.parameters()]
+    for moves in (False, True):  # Eq. 8 is exactly 0 until the fake has learnt
+        runs.iterate()
+        assert moves != all(map(torch.equal, before, runs.student.parameters()))
+
+
 @pytest.mark.parametrize("control", ["forward", "interpolated", "wait"])
 def test_a_control_changes_the_nodes_between_the_ends_alone(control, tmp_path):
     flags = CELL["both"] | STAGE1

@@ -100,6 +100,8 @@ class Runs:
                                                config.switch == "adaptive")
         of_student, of_fake = zip(*rates)
         steps, k = config.backtrack_steps, config.fake_updates
+        # Stacked as the fake is: where both have the same weights, their answers are the same bits.
+        self.target = stacked(problem.teacher, self.runs)
         self.adam_student = Adam(self.student, of_student, config.beta2, steps)
         self.adam_fake = Adam(self.fake, of_fake, config.beta2, steps, k)
 
@@ -114,7 +116,7 @@ class Runs:
         z, _ = problem.sample_inputs(config.batch)
         sigma, eps = problem.sample_sigma_vsd(config.batch), torch.randn_like(z)
         x0 = self.student(self.each(z))
-        loss, mismatch = disback.vsd_loss(x0, self.each(sigma), self.fake, problem.teacher, None,
+        loss, mismatch = disback.vsd_loss(x0, self.each(sigma), self.fake, self.target, None,
                                           config.weighting, self.each(eps))
         (self.runs * loss).backward()
         self.adam_student.step()
@@ -122,7 +124,8 @@ class Runs:
         disback.update_average(self.average, self.student, config.ema)
         for i in range(config.fake_updates):
             self.update_fake(x0.detach() if i == 0 else None)
-        self.scheduler.step(mismatch)
+        if self.scheduler.step(mismatch):
+            self.target = stacked(problem.teacher, self.runs)
 
     def update_fake(self, x0: Tensor | None) -> None:
         """On samples x0, or on fresh ones."""
