@@ -29,6 +29,12 @@ def blame(what: str) -> Iterator[None]:
         raise Refusal(in_words(error, what)) from error
 
 
+def must(holds: bool, why: str) -> None:
+    """Fail where a file says what cannot be. An `assert` would not, under `python -O`."""
+    if not holds:
+        raise ValueError(why)
+
+
 def in_words(error: Exception, what: str = "") -> str:
     """The cause, and what helps: the system's own where it says it, else that in `what`."""
     name, number = getattr(error, "filename", None) or what, getattr(error, "errno", None)

@@ -1,5 +1,4 @@
-"""The folder of a run: who may use it, what is a run's own in it, and whether what was made by
-earlier commands fits this one."""
+"""A run's folder: who may use it, what is its own in it, and what made earlier fits a command."""
 
 import contextlib
 import dataclasses
@@ -14,6 +13,7 @@ import torch
 
 from disback import DegradationPath, Refusal
 from runtime import files, ranks
+from runtime.errors import must
 from runtime.interface import Config, Problem, flag_of
 from runtime.records import check_number, read_log, read_snapshots
 
@@ -242,9 +242,9 @@ def check_finished(run: Path, problem: str, config: Config) -> None:
             raise Refusal(f"{run} has {name} {about.get(name)}: --compare takes a run with {now}, "
                           "as this one")
     with files.blame(f"{run} cannot be compared with: finish that run first"):
-        assert about["method"] in ("disback", "vsd"), f"method {about['method']}"
+        must(about["method"] in ("disback", "vsd"), f"method {about['method']}")
         for name in ("stage1", "stage2"):
             check_number(run / "metrics.json", name, about["network_evals"][name])
         check_number(run / "metrics.json", "steps", about["steps"] or None)
-        assert read_log(run)[-1]["step"] == about["steps"], "its log ends elsewhere"
+        must(read_log(run)[-1]["step"] == about["steps"], "its log ends elsewhere")
     read_snapshots(run)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from disback import Refusal
 from runtime import files
+from runtime.errors import must
 
 
 def check_number(file: Path, name: str, value: Any) -> None:
@@ -26,9 +27,9 @@ def read_log(run: Path, begun: bool = True) -> list[dict]:
         lines = [json.loads(line) for line in file.read_text().splitlines(True)
                  if line.endswith("\n")]
         for line in lines:
-            assert line["step"] >= 0 and all(
+            must(line["step"] >= 0 and all(
                 name == "node" or isinstance(value, int | float) and math.isfinite(value)
-                for name, value in line.items()), line
+                for name, value in line.items()), str(line))
     if begun and not lines:
         raise Refusal(f"{file} has no lines: figures need a run whose folder is whole")
     return lines

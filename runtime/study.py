@@ -23,6 +23,7 @@ from scipy.stats import binomtest
 
 from disback import Refusal
 from runtime import command, files, folder, workers
+from runtime.errors import must
 
 Rates = tuple[float, float]  # of student and fake
 Run = tuple[str, str, int, Rates]  # cell, arm, seed
@@ -91,11 +92,11 @@ class Study:
         for number, text in enumerate(texts, 1):
             with files.blame(f"{file}, line {number}, is of no use: remove it to repeat its runs"):
                 line = json.loads(text)
-                assert text.endswith(b"\n"), "it was cut off"
+                must(text.endswith(b"\n"), "it was cut off")
                 found = runs_of(line)
                 settings = self.settings(line["cell"], line["arm"])
-                assert line["settings"] == settings, "of other settings"
-                assert not found.keys() & lines.keys(), "it repeats a run"
+                must(line["settings"] == settings, "of other settings")
+                must(not found.keys() & lines.keys(), "it repeats a run")
             lines |= found
         return lines
 

@@ -1,5 +1,6 @@
 """Mistakes that were found by trying the commands with wrong eyes, one test a kind."""
 
+import ast
 import dataclasses
 import fcntl
 import io
@@ -77,6 +78,7 @@ def test_a_folder_in_a_files_place_is_refused_before_anything_goes(refused, stag
     out, argv = stage1
     (out / "metrics.json").mkdir()
     (out / "student.safetensors").write_text("a student")
+    folder.leave()  # of the stage that made it
     before = names(out)
     assert "metrics.json" in refused(degrade.main, [*argv, "--overwrite"])
     assert names(out) == before
@@ -425,3 +427,13 @@ def test_another_problems_run_is_no_matter_of_flags(refused, tmp_path):
     files.save_json(tmp_path / "config.json", {"backtrack": {"problem": "sdxl"}})
     line = refused(sample.main, [tmp_path])
     assert "was made with problem sdxl, not imagenet64: name another" in line
+
+
+def test_what_is_read_is_checked_under_python_O_too():
+    """Which leaves out every `assert`."""
+    room = pathlib.Path(folder.__file__).parent
+    for file in (*room.glob("*.py"), room.parent / "disback.py"):
+        of_inner_shapes = {"assert not x0.requires_grad"}
+        found = {ast.unparse(node) for node in ast.walk(ast.parse(file.read_text()))
+                 if isinstance(node, ast.Assert)}
+        assert found <= of_inner_shapes, file
