@@ -57,7 +57,8 @@ def recorded(tmp_path_factory):
 @pytest.fixture
 def stage1(recorded, tmp_path):
     """A copy of that stage's folder, and the command that made it."""
-    out = shutil.copytree(recorded, tmp_path / "run")
+    out = shutil.copytree(recorded, tmp_path / "run",
+                          ignore=shutil.ignore_patterns(".disback.lock"))
     return out, ["toy2d", "--out", str(out), *DEGRADE]
 
 
