@@ -60,7 +60,7 @@ def sheet(file: Path, title: str, rows: list[tuple[str, list]], prompts: list[st
             axis.imshow(picture)
             axis.set(xticks=[], yticks=[])
     for axis, prompt in zip(axes[0], prompts):
-        axis.set_title("\n".join(textwrap.wrap(prompt, 22)[:4]), fontsize=7)
+        axis.set_title("\n".join(textwrap.wrap(prompt, 22)[:4]), fontsize=7, parse_math=False)
     figure.suptitle(title, fontsize=10)
     save(figure, file)
 

@@ -436,3 +436,8 @@ def test_what_is_read_is_checked_under_python_O_too():
         found = {ast.unparse(node) for node in ast.walk(ast.parse(file.read_text()))
                  if isinstance(node, ast.Assert)}
         assert found <= of_inner_shapes, file
+
+
+def test_dollars_of_a_prompt_are_no_formula(tmp_path):
+    figures.sheet(tmp_path / "path.png", "", [("", [[[[0.5] * 3]]])], ["a $_$ face"])
+    assert Image.open(tmp_path / "path.png").size
