@@ -10,15 +10,15 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import disback
 from imagenet64 import edm, figures, problem
-from runtime import command, files, folder, ranks, results
+from runtime import command, files, folder, pictures, ranks, results
 
 Images = Callable[[range], Iterable[tuple[Tensor, Tensor]]]  # seeds -> uint8 [n, c, h, w], classes
 
@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
     if file.suffix not in (".png", ".npz"):
         command.refuse(f"--to must be a .png or an .npz file, not {file}")
     files.must_take_files(file.parent, "--to")
+    pictures.must_be_ours(file, "--to")
     if not 0 <= args.seed < 2**63 - args.images:
         command.refuse("--seed must be at least 0, and --seed + --images below 2**63")
     ranks.join_ranks()
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> None:
     if file.suffix == ".png":
         write_png(file, images)
     else:
-        arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "arr_1": classes.numpy()}
+        arrays = dict(zip(pictures.ARRAYS, (images.permute(0, 2, 3, 1).numpy(), classes.numpy())))
         files.atomically(file, lambda beside: save_npz(beside, arrays))
     if ranks.rank() == 0:
         print(file)
@@ -154,8 +155,7 @@ def write_png(file: Path, images: Tensor) -> None:
     grid = figures.grid(images).numpy()
     enlarge = max(1, 64 // images.shape[-1])
     grid = grid.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
-    files.atomically(file, lambda beside: plt.imsave(
-        beside, grid.repeat(3, axis=2) if grid.shape[2] == 1 else grid, format="png"))
+    pictures.save(file, Image.fromarray(np.broadcast_to(grid, (*grid.shape[:2], 3))))
 
 
 def save_npz(file: Path, arrays: dict) -> None:

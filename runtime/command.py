@@ -16,6 +16,7 @@ import torch.distributed as dist
 from disback import Refusal
 from runtime import errors, folder, ranks
 
+os.environ["MPLBACKEND"] = "agg"  # of matplotlib, loaded later: figures need no screen
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 

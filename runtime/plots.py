@@ -5,17 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor, nn
 from tqdm import trange
 
 from disback import DegradationPath
 from runtime import files, ranks
 from runtime.records import read_log, read_snapshots
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a screen)
-from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 METHODS = {"disback": "DisBack", "vsd": "VSD"}
 DATA, TARGET, STUDENT, OTHER = "#b8b8b8", "#d95f02", "#1f5fa8", "#7a3fa0"

@@ -14,7 +14,7 @@ from runtime.errors import must
 
 
 def check_number(file: Path, name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+    if not isinstance(value, int | float) or not 0 <= value < 1e30:
         raise Refusal(f"{name} in {file} is {value!r}, which is no number that it can be: the file "
                       "was changed; make it again")
 
@@ -37,15 +37,16 @@ def read_log(run: Path, begun: bool = True) -> list[dict]:
 
 def read_snapshots(out: Path) -> list[tuple[int, dict[str, Tensor]]]:
     """(step, {x0 [n, ...], node}) of each snapshot, the first first."""
-    found = []
+    found, first = [], {}
     for file in sorted((out / "snapshots").glob("[0-9]*.safetensors")):
         if not file.stem.isdigit():
             continue  # a user's own
         with files.blame(f"{file} is broken: remove it, and the figures do without it"):
             held = load_file(file)
-            if held["node"].numel() != 1 or not all(t.isfinite().all() for t in held.values()) or (
-                    found and held["x0"].shape != found[0][1]["x0"].shape):
-                raise ValueError("numbers that no snapshot has")
+            shapes = {name: t.shape for name, t in held.items()}
+            first = first or shapes
+            must(shapes == first and shapes["x0"] and held["node"].numel() == 1 and
+                 all(t.isfinite().all() for t in held.values()), "no snapshot has such numbers")
             found.append((int(file.stem), held))
     if not found:
         raise Refusal(f"{out}/snapshots has none left: figures need a run whose folder is whole")

@@ -11,16 +11,14 @@ from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline
 from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCardData, hf_hub_download
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 import disback
-from runtime import command, files, ranks, results
+from runtime import command, files, pictures, ranks, results
 from sdxl import layout, model, text
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 WEIGHTS = "SDXL_DisBack.bin"  # the name of the published weights, and of the student's
 ABOUT = "disback.json"
-MADE_BY = "DisBack, python -m sdxl.generate"  # in the pictures, which alone are replaced
 CARD = Path(__file__).with_name("card.md")
 
 
@@ -49,22 +47,22 @@ def main(argv: list[str]) -> None:
     jobs = [(prompt, seed) for prompt in args.prompts for seed in seeds]
     names = [out / f"{i // len(seeds):02d}-{seed}.png" for i, (_, seed) in enumerate(jobs)]
     for file in (*names, out / "grid.png"):
-        check_ours(file)
+        pictures.must_be_ours(file, "--out")
     ranks.join_ranks()
     with ranks.first_rank_first():
         pipe, about = load(args.student, args.base)
     if ranks.rank() == 0:
         text.note_long(args.prompts, pipe.tokenizer)
     numbered = results.SplitOverRanks(
-        lambda numbers: pictures(pipe, about, [jobs[i] for i in numbers]))
+        lambda numbers: generate(pipe, about, [jobs[i] for i in numbers]))
     size = ranks.world_size()  # the ranks share batches; the last picture fills up the last one
     batch, count = (-(-n // size) * size for n in (args.batch, len(jobs)))
     parts = torch.arange(count).clamp(max=len(jobs) - 1).split(batch)
     images = [Image.fromarray(image.numpy()) for part in parts for image in numbered(part)]
     del images[len(jobs):]
     for file, image in zip(names, images):
-        save_png(file, image)
-    save_png(out / "grid.png", make_image_grid(images, len(args.prompts), len(seeds)))
+        pictures.save(file, image)
+    pictures.save(out / "grid.png", make_image_grid(images, len(args.prompts), len(seeds)))
     if ranks.rank() == 0:
         print(f"{len(images)} pictures and grid.png are in {out}")
 
@@ -131,7 +129,7 @@ def local_base(run: Path) -> str:
         return str(base)
 
 
-def pictures(pipe: StableDiffusionXLPipeline, about: dict,
+def generate(pipe: StableDiffusionXLPipeline, about: dict,
              jobs: list[tuple[str, int]]) -> torch.Tensor:
     """An image, uint8 [h, w, 3], for each (prompt, seed): one step at the student's timestep,
     without guidance. It depends on its own seed alone, whatever else is in the batch."""
@@ -143,19 +141,6 @@ def pictures(pipe: StableDiffusionXLPipeline, about: dict,
         raise disback.Refusal("a picture is not finite: the student, or the VAE of its base, has "
                               "weights too large; name another by --student or --base")
     return torch.from_numpy((images * 255).round().astype("uint8"))
-
-
-def save_png(file: Path, image: Image.Image) -> None:
-    made = PngInfo()
-    made.add_text("Software", MADE_BY)
-    files.atomically(file, lambda beside: image.save(beside, format="PNG", pnginfo=made))
-
-
-def check_ours(file: Path) -> None:
-    """Refuse to replace a picture that this command did not make."""
-    with files.blame(f"{file} is in the way: name another --out"):
-        if file.exists() and Image.open(file).info.get("Software") != MADE_BY:
-            raise ValueError("it was not made here")
 
 
 def export(out: Path, folder: Path, rank: int, **about) -> None:

@@ -245,11 +245,11 @@ def test_two_ranks_share_the_pictures_of_one_and_the_first_writes_them(tmp_path,
     alone = capfd.readouterr().err
     said, codes = two_ranks(stages(first=f"""
 from sdxl import generate
-pictures, asked = generate.pictures, []
+pictures, asked = generate.generate, []
 def counted(pipe, about, jobs):
     asked.append(len(jobs))
     return pictures(pipe, about, jobs)
-generate.pictures = counted
+generate.generate = counted
 generate.main({[*argv, str(tmp_path / "two")]!r})
 assert asked == [2]  # of three pictures, and the last once more
 """))

@@ -10,8 +10,10 @@ import pathlib
 import runpy
 import shutil
 import stat
+import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import BACKTRACK, DEGRADE, edit, read, refusal
@@ -22,7 +24,7 @@ import degrade
 import disback
 from imagenet64 import download, fid, sample
 from imagenet64 import problem as digits
-from runtime import cli, command, files, folder, plots, ranks, records
+from runtime import cli, command, files, folder, pictures, plots, ranks, records
 from sdxl import figures, generate, layout, text, tiny
 from toy2d import problem
 from toy2d.gallery import __main__ as gallery
@@ -117,7 +119,8 @@ def compared(finished, recorded, refused, no_training, tmp_path):
     ({"steps": "many"}, "steps"), ({"problem": "sdxl"}, "sdxl"),
     ({"data": "grid"}, "grid"), ({"data": None}, "takes a run with ring"),
     ({"network_evals": None}, "finish that run first"),
-    ({"network_evals": {"stage1": -1, "stage2": 1}}, "stage1")])
+    ({"network_evals": {"stage1": -1, "stage2": 1}}, "stage1"),
+    ({"network_evals": {"stage1": 0, "stage2": 10**400}}, "stage2")])
 def test_numbers_that_the_comparison_needs_are_looked_at_first(finished, compared, change, cause):
     edit(finished / "metrics.json", **change)
     line = compared()
@@ -143,7 +146,7 @@ def test_a_run_whose_log_ends_elsewhere_is_not_finished(finished, compared, last
     assert f"{finished} cannot be compared with: finish that run first" in compared()
 
 
-@pytest.mark.parametrize("broken", ["none", "cut", "shape", "nan node"])
+@pytest.mark.parametrize("broken", ["none", "cut", "shape", "names", "nan node"])
 def test_so_are_its_snapshots(finished, compared, broken):
     file = finished / "snapshots" / "0000002.safetensors"
     if broken == "none":
@@ -152,6 +155,7 @@ def test_so_are_its_snapshots(finished, compared, broken):
         file.write_bytes(file.read_bytes()[:50])
     else:
         files.save_tensors(file, {"x0": torch.zeros(4, 3 if broken == "shape" else 2),
+                                  **({"bias": torch.zeros(2)} if broken == "names" else {}),
                                   "node": torch.tensor(float("nan") if "nan" in broken else 0)})
     assert "snapshots" in compared()
 
@@ -170,7 +174,9 @@ def test_what_cannot_be_written_is_not_computed(refused, monkeypatch, tmp_path):
     file.write_text("mine")
     assert f"{file} is no folder: name another --to" in refused(
         sample.main, ["run", "--to", file / "x.npz"])
-    file.unlink()
+    mine = file.rename(tmp_path / "mine.png")
+    assert f"{mine} is in the way: name another --to" in refused(sample.main, ["run", "--to", mine])
+    mine.unlink()
     monkeypatch.setattr(os, "access", lambda place, mode: pathlib.Path(place) != tmp_path)
     assert f"denied: {tmp_path}: " in refused(fid.main, [tmp_path])
     for main, words in ((generate.main, ["cat"]), (gallery.main, ["vsd"])):
@@ -309,13 +315,16 @@ def test_what_the_system_refuses_is_said_with_what_helps(refused, error, words):
 def test_a_picture_that_was_not_made_here_is_not_replaced(tmp_path):
     for made, name in ((False, "mine.png"), (True, "grid.png")):
         image = Image.new("RGB", (2, 2))
-        generate.save_png(tmp_path / name, image) if made else image.save(tmp_path / name)
-    generate.check_ours(tmp_path / "grid.png")
-    generate.check_ours(tmp_path / "none.png")
+        pictures.save(tmp_path / name, image) if made else image.save(tmp_path / name)
+    pictures.must_be_ours(tmp_path / "grid.png", "--out")
+    pictures.must_be_ours(tmp_path / "none.png", "--out")
     (tmp_path / "text.png").write_text("mine")
-    for name in ("mine.png", "text.png"):
+    np.savez(tmp_path / "mine.npz", arr_0=1)
+    np.savez(tmp_path / "ours.npz", arr_0=1, arr_1=2)
+    pictures.must_be_ours(tmp_path / "ours.npz", "--out")
+    for name in ("mine.png", "text.png", "mine.npz"):
         with pytest.raises(disback.Refusal, match=f"{name} is in the way: name another --out"):
-            generate.check_ours(tmp_path / name)
+            pictures.must_be_ours(tmp_path / name, "--out")
 
 
 @pytest.mark.parametrize("name", ["student.safetensors", "student/SDXL_DisBack.bin", "student"])
@@ -441,3 +450,11 @@ def test_what_is_read_is_checked_under_python_O_too():
 def test_dollars_of_a_prompt_are_no_formula(tmp_path):
     figures.sheet(tmp_path / "path.png", "", [("", [[[[0.5] * 3]]])], ["a $_$ face"])
     assert Image.open(tmp_path / "path.png").size
+
+
+def test_a_users_backend_of_figures_is_of_no_matter():
+    code = "import runtime.command, matplotlib.pyplot as p; print(p.get_backend())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=pathlib.Path(folder.__file__).parents[1],
+                          env=os.environ | {"MPLBACKEND": "nonsense"})
+    assert done.stdout == "agg\n", done.stderr
