@@ -135,13 +135,13 @@ class DegradationPath:
     @classmethod
     def create(cls, folder: pathlib.Path, nodes: Sequence[pathlib.Path],
                **about: Any) -> "DegradationPath":
-        """Number the files of the nodes, teacher first, write path.json, and open the path; Refusal
-        where there is one already."""
+        """Number the nodes' files, teacher first; write path.json, open it; Refusal if it exists."""
         if (folder / "path.json").exists():
             raise Refusal(f"{folder} holds a path already: record into another folder")
         for i, node in enumerate(nodes):
-            if node.exists():  # a run that was killed here has renamed it already
-                node.replace(folder / f"{i:02d}.safetensors")
+            numbered = folder / f"{i:02d}.safetensors"
+            if node.exists() or not numbered.exists():  # else a run killed here has renamed it
+                node.replace(numbered)
         beside = folder / "path.json.unfinished"
         beside.unlink(missing_ok=True)  # a killed run's, or a link to elsewhere
         beside.write_text(json.dumps(about, indent=1) + "\n")

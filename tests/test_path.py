@@ -53,6 +53,16 @@ def test_a_path_is_never_recorded_over_another(tmp_path):
     assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}  # at once
 
 
+def test_a_path_that_lacks_a_node_is_not_closed(tmp_path):
+    def place(step):
+        (tmp_path / f"step-{step - 10}.safetensors").unlink(missing_ok=True)
+        return step
+
+    with pytest.raises(FileNotFoundError, match="step-0"):
+        record(tmp_path, place=place)
+    assert not (tmp_path / "path.json").exists()
+
+
 def test_the_target_visits_every_node_once_in_order_and_stays_with_the_teacher(tmp_path):
     path, _ = record(tmp_path)
     target = Shift()
