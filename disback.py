@@ -135,7 +135,7 @@ class DegradationPath:
     @classmethod
     def create(cls, folder: pathlib.Path, nodes: Sequence[pathlib.Path],
                **about: Any) -> "DegradationPath":
-        """Number the nodes' files, teacher first; write path.json, open it; Refusal if it exists."""
+        """Number the nodes' files, teacher first, and write path.json; Refusal if it is there."""
         if (folder / "path.json").exists():
             raise Refusal(f"{folder} holds a path already: record into another folder")
         for i, node in enumerate(nodes):
