@@ -38,7 +38,7 @@ def atomically(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None
                     os.fsync(handle.fileno())
             except Exception:
                 with open(beside, "ab") as probe:  # not every writer says that there is no room
-                    probe.write(bytes(2**16))
+                    probe.write(bytes(2**20))
                 raise
             os.chmod(beside, 0o666 & ~UMASK)  # some writers leave 0600
             os.replace(beside, file)

@@ -25,7 +25,7 @@ def read_log(run: Path, begun: bool = True) -> list[dict]:
     file = run / "log.jsonl"
     with files.blame(f"{file} is broken: remove the lines that are not a step's numbers"):
         lines = [json.loads(line) for line in file.read_text().splitlines(True)
-                 if line.endswith("\n")]
+                 if line.endswith(("\n", "}"))]  # of an editor that strips the last
         for line in lines:
             must(line["step"] >= 0 and all(
                 name == "node" or isinstance(value, int | float) and math.isfinite(value)

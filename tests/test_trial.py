@@ -458,3 +458,14 @@ def test_a_users_backend_of_figures_is_of_no_matter():
                           cwd=pathlib.Path(folder.__file__).parents[1],
                           env=os.environ | {"MPLBACKEND": "nonsense"})
     assert done.stdout == "agg\n", done.stderr
+
+
+def test_the_last_line_of_a_log_that_an_editor_has_stripped_stays_and_a_torn_one_goes(finished):
+    file = finished / "log.jsonl"
+    whole = file.read_text()
+    file.write_text(whole.strip())
+    records.cut_log(file, 2)
+    assert file.read_text() == whole
+    file.write_text(whole + whole[:-2])  # without its last brace
+    records.cut_log(file, 2)
+    assert file.read_text() == whole
