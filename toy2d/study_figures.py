@@ -239,7 +239,7 @@ def draw_ablations(lines: Lines, cells: list[str]) -> plt.Figure:
     """(d) Other walks, at the rates that they have: the share of runs that arrive; and the
     cost over that of the default walk, paired by seed."""
     arms = [*NAMES, *sorted({key[1] for key in lines if key[0] in cells} - NAMES.keys())]
-    figure, axes = plt.subplots(len(cells), 2, figsize=(9, 1 + 0.3 * len(arms) * len(cells)),
+    figure, axes = plt.subplots(len(cells), 2, figsize=(9, 1 + 0.21 * len(arms) * len(cells)),
                                 sharex="col", squeeze=False, layout="constrained")
     for (left, right), cell in zip(axes, cells):
         for j, rates in enumerate(rates_of(lines, cell, "forward")):
