@@ -76,8 +76,8 @@ PLAN = [
     (("default",), MAIN, ALIKE + FASTER, SEEDS),
     (("default",), MAIN[:3], (ALIKE[0], ALIKE[2], *FASTER), FRESH),  # the best of each arm
     (("2D d8",), ABLATION, ALIKE[1:3], SEEDS),
-    (("2D d16",), ("vsd", "vsd k2"), ALIKE + FASTER, FRESH),
-    (("2D d16",), ("vsd", "vsd k2"), FASTEST, SEEDS + FRESH)]
+    (("2D d16",), CONFIRMED, ALIKE + FASTER, FRESH),
+    (("2D d16",), CONFIRMED, FASTEST, SEEDS + FRESH)]
 QUICK = [(("4D d8",), MAIN[:2], ALIKE[1::2], SEEDS[:3])]
 
 
