@@ -7,6 +7,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from runtime import files
+from runtime.errors import must
 
 MADE_BY = "DisBack"
 ARRAYS = ["arr_0", "arr_1"]  # of an .npz: images and their classes
@@ -19,9 +20,12 @@ def save(file: Path, image: Image.Image) -> None:
 
 
 def must_be_ours(file: Path, flag: str) -> None:
-    """Refuse to replace a PNG that no command of ours made, or an .npz that no such can be."""
+    """Refuse to replace a PNG without our mark, or an .npz that has other arrays than ours."""
     with files.blame(f"{file} is in the way: name another {flag}"):
-        if file.exists() and not (
-                np.load(file).files == ARRAYS if file.suffix == ".npz" else
-                Image.open(file).info.get("Software", "").startswith(MADE_BY)):
-            raise ValueError("it was not made here")
+        if file.suffix == ".npz" and file.exists():
+            with np.load(file) as held:
+                must(held.files == ARRAYS, "it was not made here")
+        elif file.exists():
+            with Image.open(file) as image:
+                by = image.info.get("Software", "")
+                must(by.startswith(MADE_BY), "it was not made here")

@@ -203,20 +203,21 @@ def test_a_run_that_diverges_stops_with_its_step_and_node_and_keeps_the_last_che
     assert all(t.isfinite().all() for t in state["student"].values())
 
 
+@pytest.mark.parametrize("limit", [50_000, 100_000])
 @pytest.mark.parametrize("save", [
     lambda file: files.save_tensors(file, {"x": torch.zeros(100_000)}),
     lambda file: files.save_json(file, [*range(100_000)]),
     lambda file: files.atomically(file, lambda f: torch.save(torch.zeros(100_000), f))])
-def test_a_disk_that_fills_while_saving_leaves_the_old_file(refused, tmp_path, save):
+def test_a_disk_that_fills_while_saving_leaves_the_old_file(refused, tmp_path, save, limit):
     """A limit on the size of files stands for the full disk: writing beyond it fails alike."""
     file = tmp_path / "kept"
     file.write_text("old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         line = refused(lambda argv: save(file), [])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert line.startswith("error: cannot write") and "File too large" in line
+    assert line.startswith("error: cannot write") and "File too large: make room" in line
     assert file.read_text() == "old" and os.listdir(tmp_path) == ["kept"]
