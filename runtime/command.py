@@ -23,6 +23,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 def run(main: Callable[[list[str]], None], memory: str = "") -> None:
     """Run a command. A Refusal, a failing disk, a failing compiler or too little memory, where
     `memory` helps, ends it in a line, status 2; an interrupt in a line, status 130."""
+    if sys.stderr is None:  # closed: a file of ours must not get its place, and what is said
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     with contextlib.suppress(AttributeError):  # of what is no terminal, pipe or file
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the locale cannot write
     try:

@@ -31,6 +31,7 @@ from sdxl import generate
     *((["toy2d", "--lr-degrade", rate], "--lr-degrade") for rate in ("nan", "0", "inf")),
     (["toy2d", "--sigma-max", "1e300"], "--sigma-max"),  # no float32 holds it
     (["toy2d", "--distance", "1e-300"], "--distance"),  # which would be 0 in float32
+    (["toy2d", "--distance", "1e17"], "--distance"),  # from where no noise is left in float32
     *((["toy2d", flag, value], flag) for value in ("1e30", "1e-30")  # nor has float32 their squares
       for flag in ("--start-sigma", "--sigma-data", "--lr-degrade", "--distance")),
     (["toy2d", "--save-every", "9" * 30], "--save-every"),

@@ -467,3 +467,9 @@ def test_the_last_line_of_a_log_that_an_editor_has_stripped_stays_and_a_torn_one
     file.write_text(whole + whole[:-2])  # without its last brace
     records.cut_log(file, 2)
     assert file.read_text() == whole
+
+
+def test_a_command_whose_stderr_is_closed_goes_on(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["degrade.py"])
+    monkeypatch.setattr(sys, "stderr", None)
+    command.run(lambda argv: sys.stderr.write("progress"))

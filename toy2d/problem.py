@@ -26,7 +26,7 @@ class Config(interface.Config):
     start: Literal["off", "teacher"] = setting(
         "off", "untrained and off the data, or the teacher's copy")
     distance: float = setting(
-        8.0, "from the origin to an untrained student; the data reach to 2.5")
+        8.0, "from the origin to an untrained student; the data reach to 2.5", below=1e4)
     start_sigma: float = setting(5.0, "the noise level at which a copy of the teacher generates")
     width: int = setting(128, "hidden units; 64 made a bad teacher")
     depth: int = setting(3, "hidden layers", below=1000)
