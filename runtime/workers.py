@@ -23,12 +23,13 @@ def work(function: Callable, jobs: Sequence, processes: int, take: Callable[[Any
             futures = as_completed([pool.submit(function, job) for job in jobs])
             for future in tqdm(futures, "jobs", len(jobs), smoothing=0.02):
                 take(future.result())
-        except BrokenProcessPool as error:
-            raise Refusal("a process of a job was killed, maybe for want of memory: start again "
-                          "with fewer --jobs; what is done is kept") from error
-        finally:
+        except BaseException as error:
             for worker in multiprocessing.active_children():
                 worker.kill()
+            if isinstance(error, BrokenProcessPool):
+                raise Refusal("a process of a job was killed, maybe for want of memory: start "
+                              "again with fewer --jobs; what is done is kept") from error
+            raise
 
 
 def follow_parent() -> None:

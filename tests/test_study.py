@@ -183,6 +183,15 @@ def test_a_worker_that_is_killed_ends_the_study_in_a_line(monkeypatch):
         workers.work(os._exit, [9], 1, print)
 
 
+def test_workers_that_have_done_all_jobs_end_by_themselves(monkeypatch):
+    """Killed ones leave semaphores behind, of which Python warns."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: SERVER)
+    kill, killed, taken = SERVER.Process.kill, [], []
+    monkeypatch.setattr(SERVER.Process, "kill", lambda worker: (killed.append(1), kill(worker)))
+    workers.work(abs, [-2], 1, taken.append)
+    assert (taken, killed) == ([2], [])
+
+
 def test_an_interrupt_waits_for_no_job(monkeypatch):
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: SERVER)
 
@@ -253,12 +262,13 @@ def test_the_figures_are_redrawn_identically_from_the_lines(tmp_path):
     drawn = []
     for name, order in (("one", lines), ("two", lines[::-1])):  # processes end in any order
         (tmp_path / name).mkdir()
-        study_figures.draw(tmp_path / name, runs(*order), study.FRESH)
+        study_figures.draw(tmp_path / name, runs(*order), study.LATER)
         drawn.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
     assert len(drawn[0]) == 6 and drawn[0] == drawn[1]
     rows = json.loads(drawn[0]["summary.json"])
     assert [row["runs"] for row in rows["seeds"]] == 6 * [2]
     assert [row["runs"] for row in rows["fresh seeds"]] == 6 * [1]
+    assert rows["another processor"] == []
 
 
 def test_the_window_that_is_looked_at_first_has_three_cells_and_the_other_all(
@@ -268,7 +278,7 @@ def test_the_window_that_is_looked_at_first_has_three_cells_and_the_other_all(
         {file.stem: [axis.get_title().partition(":")[0] for axis in figure.axes]}))
     found = runs(*(line(cell, arm, 0) for cell in ("16D d8", "4D d8", "2D d4", "2D d8")
                    for arm in ("vsd", "disback")))
-    study_figures.draw(tmp_path, found, study.FRESH)
+    study_figures.draw(tmp_path, found, study.LATER)
     assert titles["window"] == ["2D d8", "4D d8", "16D d8"]
     assert [name for name in titles["windows"] if name] == ["2D d4", *titles["window"]]
 
@@ -296,7 +306,7 @@ def test_the_figure_of_costs_has_no_mark_where_no_arm_gets_to_the_level():
 
 def test_the_summary_is_that_of_the_lines(tmp_path):
     study_figures.write_summary(tmp_path / "again.json",
-                                STUDY.read(study.FOLDER / "lines.jsonl"), study.FRESH)
+                                STUDY.read(study.FOLDER / "lines.jsonl"), study.LATER)
     assert (tmp_path / "again.json").read_bytes() == (study.FOLDER / "summary.json").read_bytes()
 
 

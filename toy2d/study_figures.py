@@ -106,10 +106,11 @@ def summary(lines: Lines) -> list[dict]:
     return rows
 
 
-def draw(out: Path, lines: Lines, fresh: tuple[int, ...]) -> None:
-    """Write summary.json and the figures to `out`; what has no lines yet is left out."""
-    write_summary(out / "summary.json", lines, fresh)
-    judged = {key: lines[key] for key in sorted(lines) if key[2] not in fresh}
+def draw(out: Path, lines: Lines, later: dict[str, tuple[int, ...]]) -> None:
+    """Write summary.json and the figures to `out`; what has no lines yet is left out. The figures
+    leave out the `later` seeds, each kind of which has a name."""
+    write_summary(out / "summary.json", lines, later)
+    judged = of_seeds(lines, later)
     both = sorted((cell for cell in {key[0] for key in judged} if common(judged, cell)), key=order)
     several = [cell for cell in both if len(common(judged, cell)) > 1]
     figures = {
@@ -126,12 +127,17 @@ def draw(out: Path, lines: Lines, fresh: tuple[int, ...]) -> None:
             save(figure(judged, cells), out / f"{name}.png")
 
 
-def write_summary(file: Path, lines: Lines, fresh: tuple[int, ...]) -> None:
-    """The seeds that sentences are written from, and fresh ones; a row a line."""
-    parts = {"seeds": False, "fresh seeds": True}
-    text = json.dumps({name: summary({key: run for key, run in lines.items()
-                                      if (key[2] in fresh) == confirms})
-                       for name, confirms in parts.items()})
+def of_seeds(lines: Lines, later: dict[str, tuple[int, ...]], kind: str = "") -> Lines:
+    """The lines, in order, of a kind of later seeds, or of all that are none."""
+    names = {seed: name for name, seeds in later.items() for seed in seeds}
+    return {key: lines[key] for key in sorted(lines) if names.get(key[2], "") == kind}
+
+
+def write_summary(file: Path, lines: Lines, later: dict[str, tuple[int, ...]]) -> None:
+    """Of each kind of seeds; a row a line."""
+    kinds = {"seeds": ""} | {name: name for name in later}
+    text = json.dumps({name: summary(of_seeds(lines, later, kind))
+                       for name, kind in kinds.items()})
     text = text.replace("Infinity", '"never"').replace('{"cell"', '\n{"cell"') + "\n"
     files.atomically(file, lambda beside: beside.write_text(text))
 
