@@ -121,7 +121,7 @@ class DegradationPath:
             self.about = dict(json.loads(file.read_text()))
             count, farthest = len(self.about["steps"]), float(self.about["positions"][-1])
             self.mean_gap = farthest / (count - 1)
-            if not 0 <= farthest < float("inf"):
+            if not 0 <= self.mean_gap < float("inf"):
                 raise ValueError(f"the last position is {farthest}")
             self.files = [self.folder / f"{node:02d}.safetensors" for node in range(count)]
             for file in self.files:

@@ -20,6 +20,7 @@ import disback
 from imagenet64 import download, features, problem, sample
 from imagenet64.frechet import Statistics, frechet_distance
 from runtime import command, files, ranks, results
+from runtime.errors import must
 
 SAVE_EVERY = 5000  # images between savings of a measurement that is under way
 
@@ -130,10 +131,13 @@ def main(argv: list[str]) -> None:
         extractor, reference = (features.of_digits(device) if config.images == "digits"
                                 else features.of_inception(*inception_files(args), device))
     name = f"{base.name}-{size}x{blocks}"
-    under_way = base.with_name(name + ".partial.safetensors")
+    under_way, kept = (base.with_name(name + end) for end in (".partial.safetensors", ".json"))
+    if kept.exists():
+        with files.blame(f"{kept} is in the way of the result: move it"):
+            must("distances" in files.load_json(kept, "move it"), "it is no measurement's")
     result = measure(batches, results.SplitOverRanks(extractor), reference, size, blocks, under_way,
                      about | extractor.about)
-    files.save_json(base.with_name(name + ".json"), result)
+    files.save_json(kept, result)
     if ranks.rank() == 0:
         under_way.unlink()  # only now, so that a full disk costs no measurement
         print(json.dumps(result, indent=1))

@@ -49,20 +49,27 @@ def main(argv: list[str]) -> None:
     if file.suffix == ".png":
         write_png(file, images)
     else:
-        arrays = dict(zip(pictures.ARRAYS, (images.permute(0, 2, 3, 1).numpy(), classes.numpy())))
-        files.atomically(file, lambda beside: save_npz(beside, arrays))
+        pictures.save_arrays(file, images.permute(0, 2, 3, 1).numpy(), classes.numpy())
     if ranks.rank() == 0:
         print(file)
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
     """The flags that name what to draw from."""
-    parser.add_argument("source", metavar="RUN", help="a run's folder, or: teacher")
+    parser.add_argument("source", metavar="RUN", type=run_or_images,
+                        help="a run's folder, or: teacher")
     parser.add_argument("--node", type=int, help="a node of the run's path; 0 is the teacher")
     parser.add_argument("--preset", choices=problem.PRESETS, help="the run's, or the teacher's")
     parser.add_argument("--steps", type=command.count, help="of Heun's method, for a node (18)")
     parser.add_argument("--batch", type=command.count, default=64,
                         help="images in memory at a time (64)")
+
+
+def run_or_images(text: str) -> str:
+    """The type of RUN, which for fid.py may be an .npz."""
+    if text != "teacher" and Path(text).is_file() and not text.endswith(".npz"):
+        raise argparse.ArgumentTypeError(f"{text} is a file: name the folder of its run")
+    return text
 
 
 def default_name(args: argparse.Namespace, name: str = "samples") -> Path:
@@ -156,11 +163,6 @@ def write_png(file: Path, images: Tensor) -> None:
     enlarge = max(1, 64 // images.shape[-1])
     grid = grid.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
     pictures.save(file, Image.fromarray(np.broadcast_to(grid, (*grid.shape[:2], 3))))
-
-
-def save_npz(file: Path, arrays: dict) -> None:
-    with open(file, "wb") as handle:  # given a name, numpy would add a suffix of its own
-        np.savez(handle, **arrays)
 
 
 if __name__ == "__main__":

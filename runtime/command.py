@@ -46,6 +46,8 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
             end(2, "--compile failed: --no-compile runs without;", str(error)[:300])
         if isinstance(error, ModuleNotFoundError):
             end(2, f"{error}: pip install -r requirements.txt")
+        if isinstance(error, ImportError):
+            end(2, str(error))
         if not isinstance(error, Refusal | OSError):
             raise
         end(2, errors.in_words(error))

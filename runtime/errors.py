@@ -79,5 +79,5 @@ def must_be_allowed(flag: str, value: Any, kind: Any, zero: bool = False,
     if kind not in (int, float):
         return
     if type(value) not in (int, kind) or not (1e-18 < value < below or zero and value == 0):
-        raise Refusal(f"{flag} must be {'0 or ' * zero}above 1e-18 and below {below:g}, not "
-                      f"{value!r}")
+        least = f"at least {1 - zero}" if kind is int else f"{'0 or ' * zero}above 1e-18"
+        raise Refusal(f"{flag} must be {least} and below {below:g}, not {value!r}")

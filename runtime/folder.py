@@ -37,15 +37,14 @@ def what_matters(config: Config, stage: str) -> dict[str, Any]:
 
 
 def enter(stage: str, args: Any) -> None:
-    """Before anything is trained or fetched: refuse a folder that this command cannot use, and keep
-    other processes out of it for as long as this one lives."""
+    """Before anything is trained: refuse a folder of no use, and keep other processes out of it."""
     out = args.out
     for place in sorted({out, *(Path(out, name).parent for name in args.writes)}):
         files.must_take_files(place, "--out")
     if ranks.rank() == 0:
         lock(out)  # first: what is there may be another's, under way
-    known = {"problem": args.problem, "preset": args.preset, "seed": args.seed,
-             **what_matters(args.config, stage)}
+    known = {name: vars(args)[name] for name in ("problem", "preset", "seed")}
+    known |= what_matters(args.config, stage)
     recorded = stage == "degrade" and (out / "path" / "path.json").exists()
     if not args.resume:
         refuse_taken(out, args)
@@ -214,7 +213,8 @@ def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
 def read_path(folder: Path, known: dict, load_node: Any = None) -> DegradationPath:
     """A recorded path, which must have been recorded by the same flags as far as it names them."""
     for file in folder.glob("*.safetensors"):
-        file.open("rb").close()  # safetensors calls missing what it must not read
+        with files.blame(f"{file} cannot be read: record the path again, or name another --path"):
+            file.open("rb").close()  # safetensors calls missing what it must not read
     path = DegradationPath(folder, load_node)
     for name in ("steps", "positions"):
         for value in path.about[name]:

@@ -28,6 +28,8 @@ def make(config: Config, seed: int = 0,
 
     The prompts' embeddings are cached on first use; the model is found by `sdxl.layout.find`.
     """
+    if config.rank:
+        model.must_have_peft()
     prompts = text.read_prompts(config.prompts or text.SHIPPED)
     cache = files.cached("")
     folder = layout.find(config.model, cache)

@@ -42,7 +42,6 @@ def main(argv: list[str]) -> None:
     out = args.out or (run if (run / "student").is_dir() else Path("runs")) / "images"
     if args.out or run in out.parents:  # else there may be no student
         files.must_take_files(out, "--out")
-        out.mkdir(parents=True, exist_ok=True)
     seeds = list(dict.fromkeys(args.seeds))  # a seed that is given twice makes one picture
     jobs = [(prompt, seed) for prompt in args.prompts for seed in seeds]
     names = [out / f"{i // len(seeds):02d}-{seed}.png" for i, (_, seed) in enumerate(jobs)]
@@ -71,14 +70,17 @@ def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeli
     """A pipeline around the student's UNet, in fp16 on a GPU, and what the student says of itself:
     its base, timestep and size in pixels."""
     file, about = find(student)
+    weights = model.read_unet(file)  # first: the base may be a download of gigabytes
     base = about["base"] if base is None else base
     base = local_base(file.parent.parent) if base is None else base
     folder = layout.find(base, files.cached(""), "--base")
-    unet = model.load_unet(files.load_json(folder / "unet/config.json", "fetch it again"), file)
+    config = files.load_json(folder / "unet/config.json", "fetch it again")
+    unet = model.load_unet(config, weights, file)
     with files.blame(f"{folder} is no SDXL pipeline: fetch it again, or name another by --base"):
         pipe = StableDiffusionXLPipeline.from_pretrained(
             folder, unet=unet, vae=model.load_part(AutoencoderKL, folder, "vae"),
             **text.encoders(folder))
+        text.must_read_77(pipe)
         about.setdefault("size", unet.config.sample_size * layout.vae_scale(folder))
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -113,9 +115,10 @@ def read_about(file: Path) -> dict:
     good = {"base": lambda base: base is None or isinstance(base, str),
             "timestep": lambda t: type(t) is int and 0 <= t < 1000,
             "size": lambda size: type(size) is int and size in range(8, 2**16, 8)}
-    for name in good.keys() & about.keys():
-        if not good[name](about[name]):
-            raise disback.Refusal(f"{file} has {name} {about[name]!r}, which cannot be: {remedy}")
+    for name, fits in good.items():
+        if name not in about or not fits(about[name]):
+            raise disback.Refusal(f"{file} has {name} {about.get(name)!r}, which cannot be: "
+                                  f"{remedy}")
     return about
 
 
@@ -150,7 +153,8 @@ def export(out: Path, folder: Path, rank: int, **about) -> None:
     added to the weights of the base in `folder`."""
     config = files.load_json(folder / "unet" / "config.json", "fetch it again")
     file = out / "student.safetensors"
-    unet = model.merged(folder, file, rank) if rank else model.load_unet(config, file)
+    unet = (model.merged(folder, file, rank) if rank
+            else model.load_unet(config, model.read_unet(file), file))
     unet.register_to_config(_name_or_path="")  # no path of this machine goes to the hub
     with files.blame(f"cannot write {out}/student: make room, then backtrack.py --resume"), \
             tempfile.TemporaryDirectory(files.UNFINISHED, ".student.", out) as folder_beside:

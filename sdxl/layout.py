@@ -8,6 +8,7 @@ from safetensors import safe_open
 
 import disback
 from runtime import files
+from runtime.errors import must
 from sdxl import tiny
 
 # What is read of a pipeline's folder: these, and each part's weights under diffusers' names.
@@ -49,9 +50,9 @@ def missing(folder: Path) -> list[str]:
     """The files that a pipeline's folder lacks."""
     lacking = [str(file.relative_to(folder)) for file in read(folder) if not file.is_file()]
     for name in ("tokenizer", "tokenizer_2"):  # transformers 5 writes the one file, the hub has two
-        words = (folder / name / file for file in ("vocab.json", "merges.txt"))
-        if not (folder / name / "tokenizer.json").is_file():
-            lacking += [str(file.relative_to(folder)) for file in words if not file.is_file()]
+        words = [] if (folder / name / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
+        lacking += [f"{name}/{file}" for file in ("tokenizer_config.json", *words)
+                    if not (folder / name / file).is_file()]
     return lacking
 
 
@@ -103,4 +104,7 @@ def vae_scale(folder: Path) -> int:
     """Pixels, across, of an image for each of its latents."""
     file = folder / "vae" / "config.json"
     with files.blame(f"{file} is no VAE's: fetch it again"):
-        return 2 ** (len(files.load_json(file, "fetch it again")["block_out_channels"]) - 1)
+        config = files.load_json(file, "fetch it again")
+        factor = config.get("scaling_factor", 1)  # without one diffusers has its own
+        must(type(factor) in (int, float) and 1e-6 < factor < 1e6, f"scaling_factor {factor!r}")
+        return 2 ** (len(config["block_out_channels"]) - 1)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import disback
 from runtime import files, place
-from sdxl import layout
+from runtime.errors import must
+from sdxl import OLDEST_PEFT, layout
 
 ADAPTED = ("to_q", "to_k", "to_v", "to_out.0")  # the linear maps that LoRA adds to
 MINUS_TEACHER = "minus_teacher."  # before a difference's names, lest it be taken for weights
@@ -142,29 +143,44 @@ def load_sigmas(folder: Path) -> Tensor:
     return sigmas
 
 
-def load_unet(config: dict, file: Path) -> UNet2DConditionModel:
-    """A UNet in float32 of exactly the weights in one `file`, which may be Denoiser's; of a
-    safetensors file no second copy is made. Nothing is unpickled but tensors."""
-    with files.blame(f"{file} does not hold this UNet: name another file, or its own base"):
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(config)
+def read_unet(file: Path) -> dict[str, Tensor]:
+    """The weights of a UNet in one `file`, which may be Denoiser's, under the UNet's own names.
+    Nothing is unpickled but tensors."""
+    with files.blame(f"{file} holds no weights of a UNet: name another file"):
         state = (load_file(file) if file.suffix == ".safetensors"
                  else torch.load(file, map_location="cpu", weights_only=True))
         if not isinstance(state, dict) or not all(isinstance(w, Tensor) for w in state.values()):
             raise ValueError("it holds no plain state_dict of tensors by their names")
         if all(name.startswith("unet.") for name in state):
             state = {name.removeprefix("unet."): value for name, value in state.items()}
+        must("conv_in.weight" in state, f"no conv_in.weight, but {sorted(state)[:2]}")
+        return state
+
+
+def load_unet(config: dict, state: dict[str, Tensor], file: Path) -> UNet2DConditionModel:
+    """A UNet in float32 of exactly the weights that were read from `file`; of those in float32 no
+    second copy is made."""
+    with files.blame(f"{file} does not hold this UNet: name another file, or its own base"):
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(config)
         disback.must_fit(unet, state)
         unet.load_state_dict({name: w.float() for name, w in state.items()}, assign=True)
     return unet.eval()
 
 
+def must_have_peft() -> None:
+    """Refuse --rank where peft is not installed."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise disback.Refusal(f"--rank needs peft: pip install 'peft>={OLDEST_PEFT}', or name "
+                              "--rank 0") from error
+
+
 def adapt(unet: UNet2DConditionModel, rank: int) -> UNet2DConditionModel:
     """Freeze the UNet and give its attention LoRA's adapters, which start as nothing added."""
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise disback.Refusal("rank needs peft: pip install peft, or --rank 0") from error
+    from peft import LoraConfig
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same start for the path and for whoever walks it
         unet.requires_grad_(False).add_adapter(LoraConfig(

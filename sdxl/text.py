@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 import disback
 from runtime import files
+from runtime.errors import must
 from sdxl import layout, model
 
 SHIPPED = Path(__file__).with_name("prompts.txt")
@@ -58,6 +59,7 @@ def encode(folder: Path, prompts: list[str], device: torch.device | str) -> dict
     with files.blame(f"text encoders or tokenizers in {folder} are broken: fetch them again"):
         pipe = StableDiffusionXLPipeline.from_pretrained(
             folder, unet=None, vae=None, **encoders(folder)).to(device)
+        must_read_77(pipe)
     note_long(prompts, pipe.tokenizer)
     parts = [pipe.encode_prompt(prompts[i:i + 16], do_classifier_free_guidance=False)
              for i in range(0, len(prompts), 16)]
@@ -67,6 +69,14 @@ def encode(folder: Path, prompts: list[str], device: torch.device | str) -> dict
         raise disback.Refusal(f"the text encoders in {folder} answer with what is not finite: "
                               "fetch them again")
     return bank
+
+
+def must_read_77(pipe: StableDiffusionXLPipeline) -> None:
+    """Fail where a tokenizer does not fill or cut a prompt to CLIP's 77 tokens."""
+    for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
+        must(tokenizer.model_max_length == 77 and tokenizer.pad_token is not None,
+             f"tokenizer_config.json: model_max_length {tokenizer.model_max_length}, pad_token "
+             f"{tokenizer.pad_token}")
 
 
 def encoders(folder: Path) -> dict:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -349,6 +350,17 @@ def test_a_damaged_partial_file_is_refused_by_name(tmp_path, broken):
         fid.restore, tmp_path / "partial", 4, about)
     (tmp_path / "partial").write_bytes(b"not tensors")
     assert "partial cannot be read: remove it" in refusal(measure, tmp_path / "partial")
+
+
+@pytest.mark.parametrize("write", [lambda file: file.write_text("notes"), Path.mkdir,
+                                   lambda file: file.write_text("{}")])
+def test_what_is_no_result_is_not_replaced_by_one_and_is_told_before_it_is_measured(
+        monkeypatch, tmp_path, write):
+    monkeypatch.setattr(sample, "source", lambda args: (None, problem.TINY, {}))
+    monkeypatch.setattr(fid, "measure", lambda *_: pytest.fail("measured"))
+    write(tmp_path / "fid-12x1.json")
+    said = refusal(fid.main, [str(tmp_path), "--images", "12", "--blocks", "1"])
+    assert "fid-12x1.json" in said and "move it" in said
 
 
 def test_a_run_is_measured_on_three_blocks_of_fifty_thousand_unless_told(monkeypatch, tmp_path):

@@ -168,12 +168,20 @@ def test_a_resume_by_other_flags_is_refused_before_a_teacher_is_trained(
 @pytest.mark.parametrize("name, value", [
     ("network_evals", -5), ("network_evals", "many"), ("steps", 7), ("steps", [0, "many", 2, 3, 4]),
     ("steps", [0, 1, -1, 3, 4]), ("positions", [0, 1, 2, 3, float("nan")]),
-    ("positions", [0, float("nan"), 2, 3, 4]), ("positions", [0, 1, None, 3, 4])])
+    ("positions", [0, float("nan"), 2, 3, 4]), ("positions", [0, 1, None, 3, 4]), ("steps", [])])
 def test_a_number_of_the_path_that_cannot_be_is_refused_before_a_teacher_is_trained(
         stage1, refused, no_training, name, value):
     out, _ = stage1
     edit(out / "path" / "path.json", **{name: value})
     assert "path.json" in refused(backtrack.main, ["toy2d", "--out", out, *BACKTRACK])
+
+
+def test_a_node_that_cannot_be_opened_is_told_with_the_remedy(stage1, refused):
+    out, _ = stage1
+    (out / "path" / "02.safetensors").unlink()
+    (out / "path" / "02.safetensors").mkdir()
+    line = refused(backtrack.main, ["toy2d", "--out", out, *BACKTRACK])
+    assert "02.safetensors" in line and "name another --path" in line
 
 
 def test_help_names_every_field_with_its_comment_and_the_values_of_the_preset(capsys):

@@ -57,6 +57,7 @@ def test_words_that_make_no_sense_are_refused_by_name(refused, tmp_path, words, 
     (degrade.main, ["--out", "toy2d", "imagenet64"],  # a flag's value is no problem
      "name the problem first: degrade.py imagenet64"),
     (sample.main, ["--classes", "3", "7", "runs/digits"], "'runs/digits'"),
+    (sample.main, [__file__], f"{__file__} is a file: name the folder of its run"),
     (generate.main, ["--seeds", "1", "2", "a cat"], "'a cat'")])
 def test_nor_do_these_make_a_folder(refused, monkeypatch, tmp_path, main, words, cause):
     monkeypatch.chdir(tmp_path)
@@ -137,6 +138,7 @@ def test_numbers_of_a_file_are_numbers_of_their_kind(wrong):
 
     (name, value), = wrong.items()
     said = refusal(Config, **wrong)
+    assert ("at least 1 and" in said) == (name in ("batch", "nodes"))
     assert f"--{name.replace('_', '-')} must be " in said and repr(value) in said
 
 

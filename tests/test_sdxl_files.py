@@ -91,7 +91,7 @@ def test_each_part_of_a_pipeline_is_loaded_strictly(mine, part, change):
 
 @pytest.mark.parametrize("change, cause", [
     ("not finite", "not finite: conv_in.bias"), ("type I8", "conv_in.bias [16] torch.int8"),
-    ("_orig_mod", "has ['_orig_mod.add_embedding")])
+    ("_orig_mod", "no conv_in.weight, but ['_orig_mod.add_embedding")])
 def test_a_students_file_is_loaded_strictly(base, tmp_path, change, cause):
     weights = load_file(layout.weights(base, "unet")[0][0])
     CHANGES[change](weights, "conv_in.bias")
@@ -106,9 +106,12 @@ def test_names_with_the_prefix_of_a_node_are_taken_if_all_have_it(base, tmp_path
     config = files.load_json(base / "unet" / "config.json", "")
     prefixed = {"unet." + name: weight for name, weight in weights.items()}
     save_file(prefixed, tmp_path / "all.safetensors")
-    model.load_unet(config, tmp_path / "all.safetensors")
+    def load(file):
+        return model.load_unet(config, model.read_unet(file), file)
+
+    load(tmp_path / "all.safetensors")
     save_file(prefixed | {"conv_in.bias": torch.zeros(16)}, tmp_path / "two.safetensors")
-    assert "unet." in refusal(model.load_unet, config, tmp_path / "two.safetensors")
+    assert "unet." in refusal(load, tmp_path / "two.safetensors")
 
 
 @pytest.mark.parametrize("what", ["file", "gone.safetensors", "owner/gone.safetensors", "here/gone",
@@ -169,13 +172,23 @@ def test_the_hub_is_asked_for_what_is_read_and_no_more_in_fp32_and_then_in_fp16(
 @pytest.mark.parametrize("field, value", [
     ("timestep", 5000), ("timestep", -1), ("timestep", 399.0), ("timestep", "399"),
     ("timestep", True), ("timestep", float("nan")), ("size", 0), ("size", 33), ("size", -8),
-    ("size", 1e9), ("size", 8 * 10**9), ("size", None), ("base", 7), ("base", ["a"])])
+    ("size", 1e9), ("size", 8 * 10**9), ("size", None), ("base", 7), ("base", ["a"]),
+    ("base", ...), ("size", ...)])
 def test_a_students_numbers_are_checked_when_they_are_read(tmp_path, field, value):
     file = tmp_path / "student" / "disback.json"
     file.parent.mkdir()
-    file.write_text(json.dumps({"base": "", "timestep": 399, "size": 32, field: value}))
+    about = {"base": "", "timestep": 399, "size": 32, field: value}
+    file.write_text(json.dumps({k: v for k, v in about.items() if v is not ...}))
     line = refusal(generate.load, str(tmp_path))
     assert str(file) in line and (field in line or "NaN" in line)
+
+
+def test_a_file_that_is_no_students_is_refused_before_the_base_is_fetched(monkeypatch, tmp_path):
+    monkeypatch.setattr(layout, "find", lambda *_: pytest.fail("it looked for the base"))
+    (tmp_path / "text.bin").write_text("mine")
+    save_file({"model.weight": torch.zeros(1)}, tmp_path / "digits.safetensors")
+    for name in ("text.bin", "digits.safetensors"):
+        assert f"{name} holds no weights of a UNet" in refusal(generate.load, str(tmp_path / name))
 
 
 def test_a_picture_that_is_not_finite_is_not_drawn(base, tmp_path):
@@ -185,7 +198,7 @@ def test_a_picture_that_is_not_finite_is_not_drawn(base, tmp_path):
     save_file(weights, tmp_path / "large.safetensors")
     line = refusal(generate.main, ["a dog", "--student", str(tmp_path / "large.safetensors"),
                                    "--base", str(base), "--out", str(tmp_path / "images")])
-    assert "a picture is not finite" in line and not list((tmp_path / "images").iterdir())
+    assert "a picture is not finite" in line and not (tmp_path / "images").exists()
 
 
 def test_embeddings_that_are_not_finite_are_not_kept(mine, tmp_path):

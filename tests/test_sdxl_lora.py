@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import runpy
 import shutil
 import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from diffusers import UNet2DConditionModel
 
 import backtrack
 import degrade
+import sdxl
 from runtime import files
-from sdxl import assembly, memory, model, problem, tiny
+from sdxl import assembly, layout, memory, model, problem, tiny
 
 SMALL = ["sdxl", "--rank", "4", "--log-every", "50"]
 
@@ -35,11 +38,19 @@ def trained(net):
     return [p for p in net.parameters() if p.requires_grad]
 
 
-def test_without_peft_a_rank_is_refused_with_the_remedy(monkeypatch):
-    unet = tiny.unet()
+def test_without_peft_a_rank_is_refused_before_anything_is_fetched(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert "pip install peft" in refusal(model.adapt, unet, 4)
-    assert all(p.requires_grad for p in unet.parameters())
+    monkeypatch.setattr(layout, "find", lambda *_: pytest.fail("it looked for the model"))
+    assert "--rank needs peft: pip install" in refusal(make, problem, "tiny", rank=4)
+
+
+def test_a_peft_that_diffusers_cannot_import_is_named(monkeypatch):
+    """It would fail in diffusers' words, whether a rank is asked for or not."""
+    monkeypatch.setattr(metadata, "version", {"peft": "0.17.1"}.get)
+    with pytest.raises(ImportError, match="peft 0.17.1 is too old: pip install -U 'peft>="):
+        runpy.run_path(sdxl.__file__)
+    monkeypatch.setattr(metadata, "version", {"peft": "0.18.0"}.get)
+    runpy.run_path(sdxl.__file__)
 
 
 def test_adapters_start_as_nothing_and_are_all_that_is_trained_and_saved(peft):

@@ -83,6 +83,24 @@ def test_a_tokenizer_is_one_file_or_two_and_is_missed_before_anything_is_compute
     for name in ("tokenizer", "tokenizer_2"):
         (mine / name / "merges.txt").touch()
     assert layout.find(str(mine), mine) == mine
+    (mine / "tokenizer" / "tokenizer_config.json").unlink()
+    assert "lacks tokenizer/tokenizer_config.json: --model" in refusal(
+        layout.find, str(mine), mine)
+
+
+@pytest.mark.parametrize("value", [None, 10**30, 0, -3, "77", 78])
+def test_a_tokenizer_that_does_not_cut_to_77_tokens_is_refused(mine, base, tmp_path, value):
+    edit(mine / "tokenizer_2" / "tokenizer_config.json", model_max_length=value)
+    assert f"tokenizers in {mine} are broken: fetch" in refusal(
+        text.embed, mine, ["a dog"], tmp_path)
+    assert f"{mine} is no SDXL pipeline: fetch" in refusal(
+        generate.load, str(base / "unet" / "diffusion_pytorch_model.safetensors"), str(mine))
+
+
+@pytest.mark.parametrize("factor", ["0.13", None, 0, 1e-30, True])
+def test_a_vae_whose_scale_cannot_be_is_refused_before_a_run(mine, factor):
+    edit(mine / "vae" / "config.json", scaling_factor=factor)
+    assert "vae/config.json is no VAE's" in refusal(layout.find, str(mine), mine)
 
 
 @pytest.mark.parametrize("name", ["text_encoder/config.json", "tokenizer/tokenizer.json"])
@@ -195,7 +213,7 @@ def test_what_generate_cannot_use_is_refused(offline, base, tmp_path):
             generate.load, str(tmp_path / "w.bin"), str(base))
     unet = model.load_part(UNet2DConditionModel, base, "unet")
     files.save_tensors(tmp_path / "01.safetensors", model.difference(unet, unet))  # of a node
-    assert "not hold this UNet" in refusal(
+    assert "no weights of a UNet" in refusal(
         generate.load, str(tmp_path / "01.safetensors"), str(base))
     line = refusal(generate.load, str(base / UNET), "no/such/place")
     assert "--base" in line and "--model" not in line

@@ -318,10 +318,12 @@ def test_a_picture_that_was_not_made_here_is_not_replaced(tmp_path):
     pictures.must_be_ours(tmp_path / "grid.png", "--out")
     pictures.must_be_ours(tmp_path / "none.png", "--out")
     (tmp_path / "text.png").write_text("mine")
-    np.savez(tmp_path / "mine.npz", arr_0=1)
-    np.savez(tmp_path / "ours.npz", arr_0=1, arr_1=2)
+    np.savez(tmp_path / "mine.npz", 1, 2)
+    pictures.save_arrays(tmp_path / "ours.npz", np.ones(1), np.ones(1))
     pictures.must_be_ours(tmp_path / "ours.npz", "--out")
-    for name in ("mine.png", "text.png", "mine.npz"):
+    for name in ("linked.png", "linked.npz"):
+        (tmp_path / name).symlink_to("/no/where")
+    for name in ("mine.png", "text.png", "mine.npz", "linked.png", "linked.npz"):
         with pytest.raises(disback.Refusal, match=f"{name} is in the way: name another --out"):
             pictures.must_be_ours(tmp_path / name, "--out")
 
