@@ -133,11 +133,11 @@ def distil(args: Any, problem: Problem, path: disback.DegradationPath | None) ->
         if scheduler.step(mismatch) or looks or run.saves_at(step):
             snapshot(step)
 
-    if scheduler.node > 0 and ranks.rank() == 0:
-        print(f"note: the target is still node {scheduler.node}; more --steps reach the teacher")
     results.finish(args.out, problem, nets.average, path, args.compare, seconds=run.seconds,
                    method="disback" if args.target == "path" else "vsd",
                    fake_init=args.fake_init, node=scheduler.node)
+    if scheduler.node > 0 and ranks.rank() == 0:
+        print(f"note: the target is still node {scheduler.node}; more --steps reach the teacher")
 
 
 def main(argv: Sequence[str]) -> None:

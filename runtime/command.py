@@ -23,8 +23,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 def run(main: Callable[[list[str]], None], memory: str = "") -> None:
     """Run a command. A Refusal, a failing disk, a failing compiler or too little memory, where
     `memory` helps, ends it in a line, status 2; an interrupt in a line, status 130."""
-    if sys.stderr is None:  # closed: a file of ours must not get its place, and what is said
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = Forgiving(sys.stderr or open(os.devnull, "w"))  # noqa: SIM115
     with contextlib.suppress(AttributeError):  # of what is no terminal, pipe or file
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the locale cannot write
     try:
@@ -55,6 +54,24 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
         folder.leave()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class Forgiving:
+    """A stream whose reader may be gone: what is said to it is lost, and the work goes on."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def keep_memory() -> None:

@@ -13,9 +13,8 @@ import torch
 
 from disback import DegradationPath, Refusal
 from runtime import files, ranks
-from runtime.errors import must
 from runtime.interface import Config, Problem, flag_of
-from runtime.records import check_number, read_log, read_snapshots
+from runtime.records import check_finished, check_number, must_hold
 
 # What the stages write; a problem adds what it draws.
 STAGE1 = ("path/path.json", "path/[0-9]*.safetensors", "path/step-*.safetensors", "path/state.pt",
@@ -46,12 +45,11 @@ def enter(stage: str, args: Any) -> None:
     known = {name: vars(args)[name] for name in ("problem", "preset", "seed")}
     known |= what_matters(args.config, stage)
     recorded = stage == "degrade" and (out / "path" / "path.json").exists()
-    if not args.resume:
-        refuse_taken(out, args)
-    elif recorded:
+    refuse_taken(out, args)
+    if recorded and args.resume:
         path = read_path(out / "path", known)
         must_agree(out / "path", stages_of(out).get("degrade", {}), known, some=True)
-    else:
+    elif args.resume:
         check_state(out, stage, known)
     if stage == "backtrack" and (args.target == "path" or args.fake_init == "degraded"):
         path = read_path(args.path or out / "path", known)
@@ -73,7 +71,7 @@ def enter(stage: str, args: Any) -> None:
 def lock(out: Path) -> None:
     """Hold `out` until this process ends, however it does; a second process is refused."""
     file, new = out / ".disback.lock", [p for p in (out, *out.parents) if not p.exists()]
-    with files.blame(f"cannot write to {out}"):
+    with files.blame(f"cannot write {file}: remove it, or name another --out"):
         out.mkdir(parents=True, exist_ok=True)
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
@@ -108,12 +106,14 @@ def leave() -> None:
 
 def own(args: Any) -> list[Path]:
     """What a former run wrote that this one replaces; a user's own name is no number."""
-    return [file for pattern in args.writes for file in sorted(args.out.glob(pattern))
-            if "*" not in pattern or file.stem.removeprefix("step-").isdigit()]
+    named = (args.out / name for name in args.writes if "*" not in name)
+    numbered = (file for name in args.writes if "*" in name for file in args.out.glob(name))
+    return [*(file for file in named if os.path.lexists(file)), *sorted(
+        file for file in numbered if file.stem.removeprefix("step-").isdigit())]
 
 
 def refuse_taken(out: Path, args: Any) -> None:
-    """Refuse a folder that holds results, unless they are a run's and shall be overwritten."""
+    """Refuse what no run made, and results, unless they shall be overwritten or gone on with."""
     taken, stages = own(args), stages_of(out)
     for other in {about["problem"] for about in stages.values()} - {args.problem}:
         raise Refusal(f"{out} holds a run of {other}: name another --out")
@@ -121,9 +121,11 @@ def refuse_taken(out: Path, args: Any) -> None:
         if file.is_dir() or file.parent.resolve() != out.resolve() / file.parent.relative_to(out):
             raise Refusal(f"{file} was not made by a run, it is a folder or beyond a link: name "
                           "another --out")
-    if not taken or args.overwrite and stages:
+    if not taken or args.resume or args.overwrite and stages:
         return
-    remedy = "name another --out, go on with the run by --resume, or replace it by --overwrite"
+    begun = any((out / name).exists() for name in ("state.pt", "path/state.pt", "path/path.json"))
+    remedy = ("name another --out, " + begun * "go on with the run by --resume, "
+              + "or replace it by --overwrite")
     if not stages:
         remedy = f"{out} is no run's folder: name another --out"
     elif is_finished(out):
@@ -181,7 +183,7 @@ def check_state(out: Path, stage: str, known: dict) -> None:
     if not file.exists():
         raise Refusal(f"{file} is missing, which --resume needs: " + (
             f"the student is finished, {out}/student.safetensors; name another --out to train one "
-            "again" if finished else "start without it"))
+            "again" if finished else "start without it, or with --overwrite in its place"))
     with files.blame(f"{file} is not a checkpoint of this run: " + (
             "name another --out" if finished else "start with --overwrite in place of --resume")):
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -229,22 +231,5 @@ def open_path(folder: Path, problem: Problem) -> DegradationPath:
     """The same for a problem, all of whose flags the path must name."""
     path = read_path(folder, {}, problem.load_node)
     must_agree(folder, path.about, problem.about)
+    must_hold(path.files[0], problem.teacher)
     return path
-
-
-def check_finished(run: Path, problem: str, config: Config) -> None:
-    """Refuse a run that the figures of one of `problem` cannot show beside theirs."""
-    about = files.load_json(run / "metrics.json", "--compare takes a finished run")
-    if about.get("problem") != problem:
-        raise Refusal(f"{run} is a run of {about.get('problem')}: --compare takes one of {problem}")
-    for name in ("data", "images", "size"):  # on which a distance depends, where a problem has it
-        if about.get(name) != (now := getattr(config, name, None)):
-            raise Refusal(f"{run} has {name} {about.get(name)}: --compare takes a run with {now}, "
-                          "as this one")
-    with files.blame(f"{run} cannot be compared with: finish that run first"):
-        must(about["method"] in ("disback", "vsd"), f"method {about['method']}")
-        for name in ("stage1", "stage2"):
-            check_number(run / "metrics.json", name, about["network_evals"][name])
-        check_number(run / "metrics.json", "steps", about["steps"] or None)
-        must(read_log(run)[-1]["step"] == about["steps"], "its log ends elsewhere")
-    read_snapshots(run)

@@ -5,12 +5,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from disback import Refusal
 from runtime import files
 from runtime.errors import must
+from runtime.interface import Config
 
 
 def check_number(file: Path, name: str, value: Any) -> None:
@@ -62,3 +64,31 @@ def cut_log(file: Path, step: int) -> None:
     for snapshot in (file.parent / "snapshots").glob("[0-9]*.safetensors"):
         if snapshot.stem.isdigit() and int(snapshot.stem) > step:
             snapshot.unlink()
+
+
+def check_finished(run: Path, problem: str, config: Config) -> None:
+    """Refuse a run that the figures of one of `problem` cannot show beside theirs."""
+    about = files.load_json(run / "metrics.json", "--compare takes a finished run")
+    if about.get("problem") != problem:
+        raise Refusal(f"{run} is a run of {about.get('problem')}: --compare takes one of {problem}")
+    for name in ("data", "images", "size"):  # on which a distance depends, where a problem has it
+        if about.get(name) != (now := getattr(config, name, None)):
+            raise Refusal(f"{run} has {name} {about.get(name)}: --compare takes a run with {now}, "
+                          "as this one")
+    with files.blame(f"{run} cannot be compared with: finish that run first"):
+        must(about["method"] in ("disback", "vsd"), f"method {about['method']}")
+        for name in ("stage1", "stage2"):
+            check_number(run / "metrics.json", name, about["network_evals"][name])
+        check_number(run / "metrics.json", "steps", about["steps"] or None)
+        must(read_log(run)[-1]["step"] == about["steps"], "its log ends elsewhere")
+    read_snapshots(run)
+
+
+def must_hold(file: Path, net: nn.Module) -> None:
+    """Refuse a path whose node 0, in `file`, is not the teacher, `net`, to the last bit."""
+    own = net.state_dict()
+    with files.blame(f"{file} is not the teacher: record the path again, or name another --path"), \
+            safe_open(file, "pt") as held:
+        must({*held.keys()} == own.keys() and all(
+            held.get_tensor(name).equal(weight.cpu()) for name, weight in own.items()),
+            "other weights")

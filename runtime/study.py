@@ -67,7 +67,9 @@ class Study:
             raise Refusal(f"{file} does not exist: run the study first")
         if not args.figures_only:
             self.run(self.quick if args.quick else self.plan, file, args.jobs)
-        self.draw(file.parent, self.read(file))
+        if not (lines := self.read(file)):
+            raise Refusal(f"{file} has no runs yet: run the study first")
+        self.draw(file.parent, lines)
 
     def run(self, plan: list[tuple], file: Path, processes: int) -> None:
         """Run what the lines in a file lack of a plan."""

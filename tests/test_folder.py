@@ -184,6 +184,18 @@ def test_a_node_that_cannot_be_opened_is_told_with_the_remedy(stage1, refused):
     assert "02.safetensors" in line and "name another --path" in line
 
 
+@pytest.mark.parametrize("made, state, main", [
+    ("stage1", "path/state.pt", degrade.main), ("finished", "state.pt", backtrack.main)])
+def test_a_run_that_died_before_its_first_checkpoint_is_told_one_way_on(
+        request, refused, no_training, made, state, main):
+    out, argv = request.getfixturevalue(made)
+    for name in (state, "path/path.json", "student.safetensors", "metrics.json"):
+        (out / name).unlink(missing_ok=True)
+    assert "start without it, or with --overwrite" in refused(main, [*argv, "--resume"])
+    line = refused(main, argv)
+    assert "replace it by --overwrite" in line and "--resume" not in line
+
+
 def test_help_names_every_field_with_its_comment_and_the_values_of_the_preset(capsys):
     for preset, size in (("tiny", "(32)"), ("full", "(1024)")):
         with pytest.raises(SystemExit) as ended:

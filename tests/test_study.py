@@ -310,6 +310,14 @@ def test_the_summary_is_that_of_the_lines(tmp_path):
     assert (tmp_path / "again.json").read_bytes() == (study.FOLDER / "summary.json").read_bytes()
 
 
+def test_no_figures_are_drawn_of_no_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/study/toy2d").mkdir(parents=True)
+    (tmp_path / "runs/study/toy2d/lines.jsonl").touch()
+    with pytest.raises(disback.Refusal, match="no runs yet"):
+        STUDY.main(["--quick", "--figures-only"])
+
+
 @pytest.mark.parametrize("argv, cause", [(["--jobs", "0"], "--jobs"), (["--fast"], "--fast")])
 def test_what_the_study_does_not_have_is_refused_by_name(argv, cause):
     with pytest.raises(disback.Refusal, match=cause):

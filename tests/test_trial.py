@@ -15,6 +15,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import tqdm
 from conftest import BACKTRACK, DEGRADE, edit, read, refusal
 from PIL import Image
 
@@ -263,7 +264,7 @@ def test_curves_stand_at_steps_or_at_the_evaluations_of_both_stages(
                                   '{"step": 1, "swd": "a"}', '{"swd": 1}'])
 def test_a_line_of_the_log_that_cannot_be_is_refused(finished, line):
     (finished / "log.jsonl").write_text(line + "\n")
-    assert "log.jsonl is broken: remove the lines" in refusal(folder.read_log, finished)
+    assert "log.jsonl is broken: remove the lines" in refusal(records.read_log, finished)
 
 
 @pytest.mark.parametrize("stage", ["degrade", "backtrack"])
@@ -471,7 +472,34 @@ def test_the_last_line_of_a_log_that_an_editor_has_stripped_stays_and_a_torn_one
     assert file.read_text() == whole
 
 
-def test_a_command_whose_stderr_is_closed_goes_on(monkeypatch):
+@pytest.mark.parametrize("stream", [None, open("/dev/full", "w")])  # noqa: SIM115
+def test_a_command_whose_stderr_takes_nothing_goes_on(monkeypatch, stream):
     monkeypatch.setattr(sys, "argv", ["degrade.py"])
-    monkeypatch.setattr(sys, "stderr", None)
-    command.run(lambda argv: sys.stderr.write("progress"))
+    monkeypatch.setattr(sys, "stderr", stream)
+    command.run(lambda argv: [*tqdm.tqdm("ab")])
+
+
+def test_a_path_whose_first_node_is_not_the_teacher_is_refused(stage1, refused, tmp_path):
+    out, _ = stage1
+    shutil.copy(out / "path" / "04.safetensors", out / "path" / "00.safetensors")
+    line = refused(backtrack.main, ["toy2d", *BACKTRACK, "--path", out / "path",
+                                    "--out", tmp_path / "walk"])
+    assert "00.safetensors is not the teacher: record the path again" in line
+
+
+def test_a_resumed_run_removes_nothing_beyond_a_link(finished, refused, tmp_path):
+    out = finished
+    (out / "snapshots").rename(tmp_path / "elsewhere")
+    (out / "snapshots").symlink_to(tmp_path / "elsewhere")
+    before = names(tmp_path / "elsewhere")
+    assert "beyond a link" in refused(
+        backtrack.main, ["toy2d", "--out", out, *BACKTRACK, "--resume"])
+    assert names(tmp_path / "elsewhere") == before
+
+
+def test_a_log_that_leads_elsewhere_is_not_written(refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").symlink_to(tmp_path / "created")
+    line = refused(backtrack.main, ["toy2d", *BACKTRACK, "--target", "teacher",
+                                    "--out", tmp_path / "run"])
+    assert "log.jsonl exists" in line and not (tmp_path / "created").exists()
