@@ -23,9 +23,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 def run(main: Callable[[list[str]], None], memory: str = "") -> None:
     """Run a command. A Refusal, a failing disk, a failing compiler or too little memory, where
     `memory` helps, ends it in a line, status 2; an interrupt in a line, status 130."""
-    sys.stderr = Forgiving(sys.stderr or open(os.devnull, "w"))  # noqa: SIM115
     with contextlib.suppress(AttributeError):  # of what is no terminal, pipe or file
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the locale cannot write
+    sys.stdout, sys.stderr = (Forgiving(stream or open(os.devnull, "w"))  # noqa: SIM115
+                              for stream in (sys.stdout, sys.stderr))
     try:
         cache = os.environ.get("DISBACK_CACHE") or os.path.expanduser("~")
         words = [word for word in (*sys.argv, cache) if not word.isascii()]

@@ -19,7 +19,8 @@ def heeding_signals() -> Iterator[list[int]]:
     def heed(number: int, _: Any) -> None:
         came.append(number)
         signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
-        os.write(2, b"\nstopping after this step\n")
+        with contextlib.suppress(OSError):  # nobody listens any more
+            os.write(2, b"\nstopping after this step\n")
 
     # Of what a shell starts in a script's background it has SIGINT ignored: Ctrl-C is another's.
     before = {number: signal.signal(number, heed) for number in (signal.SIGINT, signal.SIGTERM)

@@ -237,3 +237,11 @@ def test_outside_the_loop_signals_do_what_they_did_and_an_ignored_one_stops_none
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
+
+
+def test_a_signal_is_heeded_where_nobody_listens_to_what_is_said(monkeypatch):
+    """Standard error may be a pipe whose reader was killed first."""
+    monkeypatch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(BrokenPipeError))
+    with signals.heeding_signals() as came:
+        signal.raise_signal(signal.SIGTERM)
+    assert came == [signal.SIGTERM]

@@ -472,11 +472,13 @@ def test_the_last_line_of_a_log_that_an_editor_has_stripped_stays_and_a_torn_one
     assert file.read_text() == whole
 
 
-@pytest.mark.parametrize("stream", [None, open("/dev/full", "w")])  # noqa: SIM115
-def test_a_command_whose_stderr_takes_nothing_goes_on(monkeypatch, stream):
+@pytest.mark.parametrize("stream", [None, open("/dev/full", "w", buffering=1)])  # noqa: SIM115
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_command_that_nobody_listens_to_goes_on(monkeypatch, name, stream):
     monkeypatch.setattr(sys, "argv", ["degrade.py"])
-    monkeypatch.setattr(sys, "stderr", stream)
-    command.run(lambda argv: [*tqdm.tqdm("ab")])
+    monkeypatch.setattr(sys, name, stream)
+    command.run(lambda argv: (print("a line", file=getattr(sys, name)),
+                              *tqdm.tqdm("ab", file=getattr(sys, name))))
 
 
 def test_a_path_whose_first_node_is_not_the_teacher_is_refused(stage1, refused, tmp_path):
