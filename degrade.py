@@ -24,7 +24,7 @@ class Recorder:
                  samples: Sequence[tuple], spacing: str = "arc",
                  pack: Callable[[nn.Module], dict] = nn.Module.state_dict,
                  write: Callable[[Path, dict[str, Tensor]], None] | None = None):
-        assert 1 <= nodes <= steps
+        assert 1 <= nodes <= steps and spacing in ("arc", "linear", "log"), (nodes, steps, spacing)
         self.folder, self.nodes, self.samples, self.pack = Path(folder), nodes, samples, pack
         if (self.folder / "path.json").exists():
             raise disback.Refusal(f"{folder} holds a path already: record into another folder")

@@ -129,7 +129,8 @@ def refuse_taken(out: Path, args: Any) -> None:
     if not stages:
         remedy = f"{out} is no run's folder: name another --out"
     elif is_finished(out):
-        remedy = "name another --out; --resume draws the figures of a finished run again"
+        remedy = ("name another --out; backtrack.py --resume draws the figures of a finished run "
+                  "again")
     raise Refusal(f"{taken[0]} exists: {remedy}")
 
 
@@ -189,7 +190,8 @@ def check_state(out: Path, stage: str, known: dict) -> None:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         must_agree(file, state["settings"], known)
         if state["step"] > known[f"{stage}_steps"]:
-            raise Refusal(f"{file} is at step {state['step']} already: --steps must be as many")
+            raise Refusal(f"{file} is at step {state['step']} already: --steps must be at least "
+                          "as many")
 
 
 def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
@@ -205,8 +207,9 @@ def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
         why = {"backtrack_steps": "the cosine of its learning rates ends there; only a run with "
                "--decay constant can be prolonged",
                "degrade_steps": "its nodes are spread over them", "problem": "name another",
-               "path": "that was recorded again since then; name another --out"}.get(
-                   name, f"the {name[:-7]} of then was another file: use that, or another --out"
+               "path": "it was recorded again since then, or is not the one of then: use that, or "
+               "another --out"}.get(
+                   name, f"the {name[:-7]} of then was another file: use the flags of then"
                    if name.endswith("_sha256") else "use the same flags")
         called = name if name.endswith("sha256") or name in ("problem", "path") else flag_of(name)
         raise Refusal(f"{what} was made with {called} {then.get(name)}, not {value}: {why}")

@@ -31,6 +31,8 @@ def make(config: Config, seed: int = 0,
     if config.rank:
         model.must_have_peft()
     prompts = text.read_prompts(config.prompts or text.SHIPPED)
+    if config.prompts and ranks.rank() == 0:
+        print(f"{len(prompts)} prompts in {config.prompts}, the first: {prompts[0][:60]}")
     cache = files.cached("")
     folder = layout.find(config.model, cache)
     model.must_be_sdxl(folder)  # before its text encoders are blamed for it

@@ -99,7 +99,8 @@ def find(student: str) -> tuple[Path, dict]:
     if place.is_file():
         return place, about
     if place.is_dir():
-        raise disback.Refusal(f"{place} holds no student: let backtrack.py sdxl end first")
+        raise disback.Refusal(f"{place} holds no student: name the folder of a run of sdxl whose "
+                              "backtrack.py has ended")
     if not layout.on_hub(student):
         raise disback.Refusal(f"{student} is not here: run degrade.py sdxl and backtrack.py sdxl, "
                               "or name another run or file by --student")
@@ -167,6 +168,8 @@ def export(out: Path, folder: Path, rank: int, **about) -> None:
         (beside / "README.md").write_text(card(**about))
         for made in [made for made in beside.rglob("*") if made.is_file()]:
             target = out / "student" / made.relative_to(beside)
+            if target.name == "README.md" and target.exists():
+                continue  # a user may have edited it
             target.parent.mkdir(parents=True, exist_ok=True)
             os.chmod(made, 0o666 & ~files.UMASK)  # safetensors leaves 0600
             os.replace(made, target)  # one by one: what a user keeps there stays

@@ -88,13 +88,17 @@ def load(folder: Path) -> tuple[UNet2DConditionModel, Tensor]:
 
 
 def must_be_sdxl(folder: Path) -> None:
-    """Refuse the pipeline of another model."""
+    """Refuse the pipeline of another model, of inpainting or distilled for guidance."""
     kind = files.load_json(folder / "model_index.json", "it is no pipeline").get("_class_name")
     config = files.load_json(folder / "unet" / "config.json", "it is no UNet's config")
     added = config.get("addition_embed_type")
     if kind != "StableDiffusionXLPipeline" or added != "text_time":
         raise disback.Refusal(f"{folder} is not SDXL but {kind} (addition_embed_type {added}): "
                               "name an SDXL base model by --model")
+    for name, of_sdxl in {"in_channels": 4, "out_channels": 4, "time_cond_proj_dim": None}.items():
+        if config.get(name, of_sdxl) != of_sdxl:
+            raise disback.Refusal(f"{folder} has a UNet with {name} {config[name]}, not {of_sdxl}: "
+                                  "name an SDXL base model by --model")
 
 
 def load_part(kind: type, folder: Path, part: str) -> nn.Module:

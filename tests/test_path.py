@@ -53,6 +53,11 @@ def test_a_path_is_never_recorded_over_another(tmp_path):
     assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}  # at once
 
 
+def test_a_spacing_that_there_is_not_is_no_other_one(tmp_path):
+    with pytest.raises(AssertionError, match="linar"):
+        record(tmp_path, spacing="linar")
+
+
 def test_a_path_that_lacks_a_node_is_not_closed(tmp_path):
     def place(step):
         (tmp_path / f"step-{step - 10}.safetensors").unlink(missing_ok=True)

@@ -72,6 +72,8 @@ def test_a_model_that_is_not_sdxl_is_refused_before_its_text_encoders_are_read(m
     edit(mine / "model_index.json", _class_name="StableDiffusionXLPipeline")
     edit(mine / "unet" / "config.json", addition_embed_type=None)
     assert "not SDXL" in refusal(make, problem, "tiny", model=str(mine))
+    edit(mine / "unet" / "config.json", addition_embed_type="text_time", in_channels=9)
+    assert "in_channels 9, not 4: name" in refusal(make, problem, "tiny", model=str(mine))
 
 
 def test_a_tokenizer_is_one_file_or_two_and_is_missed_before_anything_is_computed(mine):
@@ -239,6 +241,15 @@ def test_a_node_whose_difference_does_not_fit_is_refused(tmp_path, more, cause):
     model.add_difference(tmp_path / "01.safetensors", net)
     with pytest.raises(ValueError, match=cause):
         model.add_difference(tmp_path / "02.safetensors", net)
+
+
+def test_a_model_card_that_a_user_has_edited_stays(base, tmp_path):
+    shutil.copy(base / UNET, tmp_path / "student.safetensors")
+    card = tmp_path / "student" / "README.md"
+    generate.export(tmp_path, base, 0, base="", timestep=1, size=8)
+    card.write_text(card.read_text() + "mine")
+    generate.export(tmp_path, base, 0, base="", timestep=1, size=8)
+    assert card.read_text().endswith("mine")
 
 
 def test_a_disk_that_is_full_at_the_end_is_told_and_keeps_what_was_there(
