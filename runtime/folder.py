@@ -208,10 +208,11 @@ def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
                "--decay constant can be prolonged",
                "degrade_steps": "its nodes are spread over them", "problem": "name another",
                "path": "it was recorded again since then, or is not the one of then: use that, or "
-               "another --out"}.get(
-                   name, f"the {name[:-7]} of then was another file: use the flags of then"
-                   if name.endswith("_sha256") else "use the same flags")
-        called = name if name.endswith("sha256") or name in ("problem", "path") else flag_of(name)
+               "another --out"}.get(name, "use the same flags")
+        if name.endswith("_sha256"):
+            raise Refusal(f"{what} was made with another {name[:-7]}, its files say: use the flags "
+                          "of then, which its config.json tells, or another --out")
+        called = name if name in ("problem", "path") else flag_of(name)
         raise Refusal(f"{what} was made with {called} {then.get(name)}, not {value}: {why}")
 
 
