@@ -44,8 +44,8 @@ def in_words(error: Exception, what: str = "") -> str:
     if number == errno.EACCES or isinstance(error, PermissionError):
         place = pathlib.Path(name)
         place = place.parent if place.name.endswith(UNFINISHED) else place
-        return (f"permission denied: {place}: change its mode, or name another (of the cache: by "
-                "DISBACK_CACHE)")
+        return (f"permission denied: {place}: change its mode, or name another; DISBACK_CACHE "
+                "names the cache")
     why = getattr(error, "strerror", None) or str(error)[:300]
     if number in NO_ROOM:
         place = what or name or "a file, maybe a temporary one, whose folder TMPDIR names"

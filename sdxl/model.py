@@ -183,6 +183,7 @@ def must_have_peft() -> None:
 
 def adapt(unet: UNet2DConditionModel, rank: int) -> UNet2DConditionModel:
     """Freeze the UNet and give its attention LoRA's adapters, which start as nothing added."""
+    must_have_peft()
     from peft import LoraConfig
 
     with torch.random.fork_rng(devices=[]):

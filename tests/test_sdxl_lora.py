@@ -42,6 +42,9 @@ def test_without_peft_a_rank_is_refused_before_anything_is_fetched(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setattr(layout, "find", lambda *_: pytest.fail("it looked for the model"))
     assert "--rank needs peft: pip install" in refusal(make, problem, "tiny", rank=4)
+    unet = tiny.unet()  # as a benchmark asks for adapters
+    assert "--rank needs peft: pip install" in refusal(model.adapt, unet, 4)
+    assert all(p.requires_grad for p in unet.parameters())
 
 
 def test_a_peft_that_diffusers_cannot_import_is_named(monkeypatch):

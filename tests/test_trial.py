@@ -301,6 +301,7 @@ def test_a_home_of_nobody_is_named(refused, main, words):
     (FileNotFoundError(f"No such file or directory: {__file__}"),  # safetensors calls it so
      f"permission denied: {__file__}: change its mode"),
     (ModuleNotFoundError("No module named 'x'"), "No module named 'x': pip install -r req"),
+    (ImportError("peft 0.17.1 is too old: pip"), "peft 0.17.1 is too old: pip"),
     (OSError(28, "No space left on device", "a"), "a: No space left on device: make room"),
     (OSError(122, "Disk quota exceeded", "a"), "a: Disk quota exceeded: make room"),
     (OSError(28, "No space left"), "a file, maybe a temporary one, whose folder TMPDIR names: No"),

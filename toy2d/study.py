@@ -56,7 +56,7 @@ FASTER = ((4e-3, 8e-3), (8e-3, 16e-3))
 FASTEST = ((16e-3, 32e-3),)
 SLOW_STUDENT = ((2e-3, 4e-3), (2e-3, 8e-3))  # whose rate alone is limited
 SEEDS, FRESH, ELSEWHERE = (tuple(range(first, first + 10)) for first in (0, 200, 300))
-# Seeds that no sentence was written from, and that no figure shows.
+# Seeds that came after the text of a point was written; no figure shows them.
 LATER = {"fresh seeds": FRESH, "another processor": ELSEWHERE}
 # What is run in this order, what tells most first: cells, arms, rates, seeds.
 CHEAP = tuple(cell for cell in CELLS if cell != "default")
