@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import disback
 from imagenet64 import edm, figures, problem
-from runtime import command, files, folder, pictures, ranks, results
+from runtime import command, files, folder, pictures, ranks, records, results
 
 Images = Callable[[range], Iterable[tuple[Tensor, Tensor]]]  # seeds -> uint8 [n, c, h, w], classes
 
@@ -103,6 +103,8 @@ def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
         if one_step and not file.is_file():
             raise disback.Refusal(f"{file} is not there yet: finish the run by backtrack.py "
                                   "--resume")
+        if one_step:
+            records.note_older(Path(args.source))
         if not one_step:
             path = folder.read_path(Path(args.source) / "path", {})
             if not 0 <= args.node < len(path):

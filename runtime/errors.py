@@ -52,6 +52,8 @@ def in_words(error: Exception, what: str = "") -> str:
         return f"{place}: {why}: make room, or write elsewhere"
     if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):  # its advice
         why = "it is no file of torch's, or holds more than tensors"
+    if not what and number and name:
+        return f"{name}: {why}: move what is there, or name another place"
     return f"{what} ({type(error).__name__}: {why})" if what else str(error)
 
 

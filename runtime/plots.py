@@ -1,6 +1,7 @@
 """What the figures of all problems have in common: colours, a run's snapshots, its convergence."""
 
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,5 +81,6 @@ def readable(axis: plt.Axes) -> None:
 
 
 def save(figure: plt.Figure, file: Path) -> None:
-    files.atomically(file, lambda beside: figure.savefig(beside, dpi=110, format="png"))
+    with warnings.catch_warnings(action="ignore"):  # of letters that the font lacks, in a prompt
+        files.atomically(file, lambda beside: figure.savefig(beside, dpi=110, format="png"))
     plt.close(figure)

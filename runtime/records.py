@@ -1,7 +1,9 @@
 """What a run has written on its way, read back: its log, its snapshots."""
 
+import contextlib
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,16 @@ def check_finished(run: Path, problem: str, config: Config) -> None:
         check_number(run / "metrics.json", "steps", about["steps"] or None)
         must(read_log(run)[-1]["step"] == about["steps"], "its log ends elsewhere")
     read_snapshots(run)
+
+
+def note_older(run: Path) -> None:
+    """Say where a run has been prolonged, and its student is still that of before."""
+    with contextlib.suppress(Refusal, KeyError, TypeError):  # it may be no run's folder
+        made = files.load_json(run / "metrics.json", "")["steps"]
+        asked = files.load_json(run / "config.json", "")["backtrack"]["backtrack_steps"]
+        if made < asked:
+            print(f"note: the student in {run} is of iteration {made}, the run goes on to {asked}: "
+                  "backtrack.py --resume ends it", file=sys.stderr)
 
 
 def must_hold(file: Path, net: nn.Module) -> None:

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData, hf_hub_download
 from PIL import Image
 
 import disback
-from runtime import command, files, pictures, ranks, results
+from runtime import command, files, pictures, ranks, records, results
 from sdxl import layout, model, text
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0],
                         help="of the noise, after PROMPT (0)")
     parser.add_argument("--out", type=command.path, help="folder of the PNGs (default: "
-                        "images in the run's folder, or runs/images)")
+                        "images in the run's folder, or runs/images); those of before are replaced")
     parser.add_argument("--batch", type=command.count, default=4, help="pictures at a time (4)")
     args = parser.parse_args(argv)
     if any(not 0 <= seed < 2**63 for seed in args.seeds):
@@ -95,6 +95,7 @@ def find(student: str) -> tuple[Path, dict]:
             place = folder if (folder / ABOUT).is_file() else place
     for folder in (place / "student", place):
         if (folder / ABOUT).is_file():
+            records.note_older(folder.parent)
             return folder / WEIGHTS, about | read_about(folder / ABOUT)
     if place.is_file():
         return place, about

@@ -99,6 +99,12 @@ def must_be_sdxl(folder: Path) -> None:
         if config.get(name, of_sdxl) != of_sdxl:
             raise disback.Refusal(f"{folder} has a UNet with {name} {config[name]}, not {of_sdxl}: "
                                   "name an SDXL base model by --model")
+    pooled = files.load_json(folder / "text_encoder_2" / "config.json", "fetch it again")
+    with files.blame(f"{folder / 'unet' / 'config.json'} does not fit its text_encoder_2"):
+        must(config["projection_class_embeddings_input_dim"] ==
+             6 * config["addition_time_embed_dim"] + pooled["projection_dim"],
+             "projection_class_embeddings_input_dim must be 6 * addition_time_embed_dim + "
+             "projection_dim")
 
 
 def load_part(kind: type, folder: Path, part: str) -> nn.Module:

@@ -894,8 +894,8 @@ def test_lines_of_another_version_are_refused_and_a_torn_one_is_none(tmp_path):
     file.write_text(json.dumps(line) + "\n" + json.dumps(fresh) + "\n"
                     + json.dumps(line)[:40])
     assert list(runs.read(file).values()) == [fresh]
-    for other in ('{"run": 1}', "5", *(json.dumps(line | odd) for odd in (
-            {"method": "gone"}, {"variant": []}))):
+    others = (json.dumps(line | odd) for odd in ({"method": "gone"}, {"variant": []}))
+    for other in ('{"run": 1}', "5", "My notes\n", '{"method" is missing', *others):
         file.write_text(other + "\n")
         assert "another kind" in refused("table", "--out", str(tmp_path))
 

@@ -74,6 +74,9 @@ def test_a_model_that_is_not_sdxl_is_refused_before_its_text_encoders_are_read(m
     assert "not SDXL" in refusal(make, problem, "tiny", model=str(mine))
     edit(mine / "unet" / "config.json", addition_embed_type="text_time", in_channels=9)
     assert "in_channels 9, not 4: name" in refusal(make, problem, "tiny", model=str(mine))
+    edit(mine / "unet" / "config.json", in_channels=4, addition_time_embed_dim=256)
+    line = refusal(make, problem, "tiny", model=str(mine))
+    assert "unet/config.json does not fit its text_encoder_2" in line
 
 
 def test_a_tokenizer_is_one_file_or_two_and_is_missed_before_anything_is_computed(mine):

@@ -305,7 +305,8 @@ def test_a_home_of_nobody_is_named(refused, main, words):
     (OSError(28, "No space left on device", "a"), "a: No space left on device: make room"),
     (OSError(122, "Disk quota exceeded", "a"), "a: Disk quota exceeded: make room"),
     (OSError(28, "No space left"), "a file, maybe a temporary one, whose folder TMPDIR names: No"),
-    (NotADirectoryError(20, "Not a directory", "a"), "[Errno 20] Not a directory: 'a'")])
+    (NotADirectoryError(20, "Not a directory", "a"), "a: Not a directory: move what is there"),
+    (OSError("the host is gone"), "the host is gone")])
 def test_what_the_system_refuses_is_said_with_what_helps(refused, error, words):
     def main(argv):
         raise error
@@ -337,6 +338,17 @@ def test_a_runs_own_file_stands_for_the_run_whose_base_it_knows(tmp_path, name):
     for file in ("student.safetensors", "student/SDXL_DisBack.bin"):
         (tmp_path / file).touch()
     assert generate.find(str(tmp_path / name)) == (tmp_path / "student/SDXL_DisBack.bin", about)
+
+
+@pytest.mark.parametrize("steps, said", [(30, "iteration 20, the run goes on to 30"), (20, "")])
+def test_a_student_of_before_the_run_was_prolonged_is_told_to_be_one(tmp_path, capsys, steps, said):
+    files.save_json(tmp_path / "metrics.json", {"steps": 20})
+    files.save_json(tmp_path / "config.json", {"backtrack": {"backtrack_steps": steps}})
+    about = {"base": None, "timestep": 399, "size": 8}
+    files.save_json(tmp_path / "student" / "disback.json", about)
+    generate.find(str(tmp_path))
+    err = capsys.readouterr().err
+    assert said in err and bool(err) == bool(said)
 
 
 @pytest.mark.parametrize("there, words", [
@@ -450,8 +462,9 @@ def test_what_is_read_is_checked_under_python_O_too():
         assert found <= of_inner_shapes, file
 
 
-def test_dollars_of_a_prompt_are_no_formula(tmp_path):
-    figures.sheet(tmp_path / "path.png", "", [("", [[[[0.5] * 3]]])], ["a $_$ face"])
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_letters_of_a_prompt_are_no_formula_and_warn_of_nothing(tmp_path):
+    figures.sheet(tmp_path / "path.png", "", [("", [[[[0.5] * 3]]])], ["a $_$ face \u732b"])
     assert Image.open(tmp_path / "path.png").size
 
 

@@ -17,6 +17,7 @@ METHODS = ("vsd", "swiftbrush", "snoopi", "fdistill", "msd", "phased", "flash", 
            "rcm", "mdt", "hypersd", "twinflow", "boot", "instaflow", "hipa", "distillspec", "pvd",
            "stepbystep")
 KEY = ("method", "variant", "backtrack", "rate", "seed")
+START = b'{"method":'  # of every line
 
 
 def arms(method: str) -> list[tuple]:
@@ -60,7 +61,9 @@ def read(file: Path) -> dict[tuple, dict]:
         try:
             line = json.loads(text)
         except ValueError:
-            continue
+            if START.startswith(text[:len(START)]):
+                continue  # a torn one, or the feed after it
+            line = None
         ours = isinstance(line, dict) and "version" in line
         if not (ours and [type(line.get(name)) for name in KEY] == [str, str, bool, int, int]
                 and line["method"] in METHODS):
