@@ -113,7 +113,8 @@ def main(argv: list[str]) -> None:
     device = ranks.device()
     npz = args.source.endswith(".npz")
     base = Path(args.source).with_suffix(".fid") if npz else sample.default_name(args, "fid")
-    files.must_take_files(base.parent, "folder, for the result,")
+    files.must_take_files(base.parent, "folder: copy what is measured to one that takes "
+                          "the result")
     if npz:
         config = problem.PRESETS[args.preset or "tiny"]
         batches, size, blocks, about = of_npz(args)

@@ -38,6 +38,8 @@ def convert(source: str | Path, target: str | Path) -> str:
 
 def load(source: Path) -> tuple[dict[str, Tensor], str]:
     """The tensors of the EMA network in the pickle `source`, and the file's SHA-256, or Refusal."""
+    if not source.is_file():
+        raise disback.Refusal(f"{source} is no file: name EDM's checkpoint")
     with files.blame(f"{source} is not an EDM checkpoint that can be read: "
                      f"{files.remedy(source, 'download it again')}"), open(source, "rb") as handle:
         return read(handle), files.sha256(source)

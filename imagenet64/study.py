@@ -19,6 +19,7 @@ import backtrack
 import degrade
 import disback
 from imagenet64 import digits
+from imagenet64.problem import PRESETS, load_teacher
 from runtime import command, files
 from runtime.interface import Problem
 from runtime.plots import DATA, OTHER, STUDENT, plt, readable, save
@@ -40,6 +41,11 @@ LABELS = {"frechet": "Fréchet distance to the data", "spread": "spread ÷ the d
           "bias": "fake's bias"}
 LEVELS = 0.09, 0.3, 1.0  # sigma: the lognormal's median, and a standard deviation to either side
 HALVES = 5.06  # the mean distance of random halves of the digits, see README.md
+
+
+def prepare() -> None:
+    """The teacher into the cache: its training takes minutes, and shows them here alone."""
+    load_teacher(PRESETS["tiny"])
 
 
 def advance(cell: str, arm: str, seed: int, rates: tuple[Rates, ...]) -> dict:
@@ -174,7 +180,8 @@ def draw_arm(axis: plt.Axes, lines: Lines, arm: str, name: str) -> None:
               label={"vsd": "VSD", "disback": "DisBack"}[arm.split()[0]])
 
 
-STUDY = Study(__doc__, FOLDER, CELLS, ARMS, PLAN, QUICK, advance, draw)
+STUDY = Study(__doc__, FOLDER, CELLS, ARMS, PLAN, QUICK,
+              ("frechet", "accuracy", "spread", "bias"), advance, draw, prepare=prepare)
 
 if __name__ == "__main__":
     command.run(STUDY.main)

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from runtime import errors, folder, ranks
 
 os.environ["MPLBACKEND"] = "agg"  # of matplotlib, loaded later: figures need no screen
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+SECONDS_OF_FIRST_RANK = 5
 
 
 def run(main: Callable[[list[str]], None], memory: str = "") -> None:
@@ -44,6 +46,8 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
             end(2, str(error) or "out of memory", f"({memory})" if memory else "")
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             end(2, "--compile failed: --no-compile runs without;", str(error)[:300])
+        if dist.is_initialized() and isinstance(error, RuntimeError) and "gloo" in str(error):
+            end(2, "another rank has ended before")
         if isinstance(error, ModuleNotFoundError):
             end(2, f"{error}: pip install -r requirements.txt")
         if isinstance(error, ImportError):
@@ -85,6 +89,11 @@ def keep_memory() -> None:
 
 
 def end(status: int, *said: str) -> None:
+    """End with a line. What the first rank says as well is not said twice: torchrun, which sees it
+    end, ends the others while they wait."""
+    if os.environ.get("RANK", "").strip("0"):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(SECONDS_OF_FIRST_RANK)
     who = f"error on rank {ranks.rank()}:" if dist.is_initialized() else "error:"
     print("\n" * (status != 2) + who, *" ".join(said).split(), file=sys.stderr)
     sys.exit(status)

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import pathlib
-import pickle
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -50,8 +49,8 @@ def in_words(error: Exception, what: str = "") -> str:
     if number in NO_ROOM:
         place = what or name or "a file, maybe a temporary one, whose folder TMPDIR names"
         return f"{place}: {why}: make room, or write elsewhere"
-    if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):  # its advice
-        why = "it is no file of torch's, or holds more than tensors"
+    if any(advice in str(error) for advice in ("weights_only=", "allow_pickle=")):
+        why = "it is of another kind, or holds more than tensors"
     if not what and number and name:
         return f"{name}: {why}: move what is there, or name another place"
     return f"{what} ({type(error).__name__}: {why})" if what else str(error)

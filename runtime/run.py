@@ -68,7 +68,8 @@ class Run:
                 if name or self.saves_at(step):
                     self.save()
                 if name:
-                    sys.exit(f"stopped by {name} after step {step}: --resume goes on from there")
+                    sys.exit(f"stopped by {name} after step {step}: --resume goes on from there"
+                             if ranks.rank() == 0 else 1)
 
     def saves_at(self, step: int) -> bool:
         return step % self.config.save_every == 0 or step == self.total

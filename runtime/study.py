@@ -42,9 +42,11 @@ class Study:
     arms: dict[str, dict]
     plan: list[tuple]
     quick: list[tuple]  # a small plan
+    measured: tuple[str, ...]  # what a line tells of each of its runs
     advance: Callable  # (cell, arm, seed, rates) -> what a line tells, in lists that go with rates
     draw: Callable  # (folder, lines): the figures
     alone: tuple[str, ...] = ()  # arms whose rates are jobs of their own
+    prepare: Callable | None = None  # makes what all jobs need, and takes minutes
 
     def settings(self, cell: str, arm: str) -> int:
         """A number that changes with the flags."""
@@ -62,7 +64,7 @@ class Study:
         args = parser.parse_args(argv)
         quick = Path("runs/study", problem)
         file = (quick if args.quick else self.folder) / "lines.jsonl"
-        files.must_take_files(file.parent, "folder: run from one that takes files")
+        files.must_take_files(file.parent, "folder: copy the repository to one that takes files")
         if args.figures_only and not file.exists():
             raise Refusal(f"{file} does not exist: run the study first")
         if not args.figures_only:
@@ -75,6 +77,8 @@ class Study:
         """Run what the lines in a file lack of a plan."""
         with appending(file) as append:
             todo = list(self.jobs(plan, self.read(file)))
+            if todo and self.prepare:
+                self.prepare()
             workers.work(functools.partial(execute, self), todo, processes, append)
 
     def jobs(self, plan: list[tuple], lines: Lines) -> Iterator[Job]:
@@ -96,6 +100,9 @@ class Study:
                 line = json.loads(text)
                 must(text.endswith(b"\n"), "it was cut off")
                 found = runs_of(line)
+                for name in self.measured:
+                    must(all(name in run or name in run["final"] for run in found.values()),
+                         f"it lacks {name}")
                 settings = self.settings(line["cell"], line["arm"])
                 must(line["settings"] == settings, "of other settings")
                 must(not found.keys() & lines.keys(), "it repeats a run")
@@ -126,9 +133,17 @@ def rounded(value: object) -> object:
     return value
 
 
+def is_numeric(value: object, kinds: tuple = (int, float, type(None))) -> bool:
+    """Whether a value, or all that a list holds, is a number, or null."""
+    return (all(is_numeric(item, kinds) for item in value) if isinstance(value, list)
+            else type(value) in kinds)
+
+
 def runs_of(line: dict) -> Lines:
     """The runs of a job's line: each has its own of every list, and of those in "final"."""
     lists = {name: value for name, value in line.items() if isinstance(value, list)}
+    must(is_numeric([*lists.values(), *line["final"].values()]) and is_numeric(
+        [line["rates"], line["steps"], line["stage1"], line["seed"]], (int, float)), "no number")
     return {(line["cell"], line["arm"], line["seed"], tuple(pair)):
             {"steps": line["steps"], "stage1": line["stage1"],
              "final": {name: ends[i] for name, ends in line["final"].items()},

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,7 +19,8 @@ def work(function: Callable, jobs: Sequence, processes: int, take: Callable[[Any
     """take(function(job)) of every job, those first that are done first. Refusal where a process
     was killed; that and an interrupt wait for no job under way."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(jobs) or 1), context, follow_parent) as pool:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, ProcessPoolExecutor(
+            min(processes, len(jobs) or 1), context, follow_parent, (folder,)) as pool:
         try:
             futures = as_completed([pool.submit(function, job) for job in jobs])
             for future in tqdm(futures, "jobs", len(jobs), smoothing=0.02):
@@ -32,9 +34,11 @@ def work(function: Callable, jobs: Sequence, processes: int, take: Callable[[Any
             raise
 
 
-def follow_parent() -> None:
+def follow_parent(folder: str) -> None:
     """A worker whose parent was killed would wait for work for ever; an interrupt is the parent's
-    to answer."""
+    to answer. Temporary files go into `folder`, which outlives a worker that is killed."""
+    tempfile.tempdir = folder
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, of which a killed worker leaves one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait():

@@ -2,10 +2,13 @@
 what they say."""
 
 import dataclasses
+import io
 import json
 import math
 import multiprocessing
 import os
+import pickle
+import tempfile
 import time
 from types import SimpleNamespace
 
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+import tqdm
 from conftest import TINY, read
 from processes import SERVER
 from safetensors.torch import load_file
@@ -20,6 +24,7 @@ from safetensors.torch import load_file
 import backtrack
 import degrade
 import disback
+from imagenet64 import study as image_study
 from runtime import study as statistics
 from runtime import workers
 from runtime.study import words
@@ -204,6 +209,57 @@ def test_an_interrupt_waits_for_no_job(monkeypatch):
     assert time.monotonic() - began < 150
 
 
+def leave_something(sleep):
+    """As a job does that is killed: a folder in the temporary one, and a progress bar."""
+    tempfile.mkdtemp()
+    list(tqdm.trange(1, file=io.StringIO()))
+    with tqdm.tqdm.get_lock():
+        return sleep(tqdm.tqdm.get_lock().__class__.__module__ == "_thread")
+
+
+def test_workers_leave_nothing_behind(monkeypatch, tmp_path):
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: SERVER)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    taken = []
+
+    def interrupted(found):
+        taken.append(found)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        workers.work(leave_something, [bool, time.sleep], 2, interrupted)
+    assert taken == [True] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("of_study", [STUDY, image_study.STUDY])
+def test_a_study_can_be_sent_to_its_workers(of_study):
+    assert pickle.loads(pickle.dumps(of_study)) == of_study
+
+
+@pytest.mark.parametrize("change", [
+    {"reach": ...}, {"final": {"swd": [1.0], "mode_tv": [1.0]}}, {"seed": None}, {"seed": "0"},
+    {"steps": None}, {"stage1": None}, {"rates": [["a", "b"]]}, {"reach": [["none"]]},
+    {"final": {"swd": ["a"], "mode_tv": [1.0], "off_mode": [1.0]}}, {"more": ["a"]}])
+def test_a_line_that_lacks_what_the_figures_need_is_refused(tmp_path, change):
+    good = line("4D d8", "vsd", 0, study.ALIKE[:1])
+    file = tmp_path / "lines.jsonl"
+    file.write_text(json.dumps(good) + "\n")
+    assert len(STUDY.read(file)) == 1
+    changed = {name: value for name, value in (good | change).items() if value is not ...}
+    file.write_text(json.dumps(changed) + "\n")
+    with pytest.raises(disback.Refusal, match="line 1, is of no use: remove it"):
+        STUDY.read(file)
+
+
+def test_what_all_jobs_need_is_made_before_them_and_only_for_them(tmp_path, monkeypatch):
+    made, file = [], tmp_path / "lines.jsonl"
+    monkeypatch.setattr(workers, "work", lambda *_: made.append("jobs"))
+    prepared = dataclasses.replace(STUDY, prepare=lambda: made.append("teacher"))
+    prepared.run(study.QUICK, file, 1)
+    prepared.run([], file, 1)
+    assert made == ["teacher", "jobs", "jobs"]
+
+
 def test_two_studies_do_not_write_one_file(tmp_path):
     with (statistics.appending(tmp_path / "lines.jsonl"),
           pytest.raises(disback.Refusal, match="another study"),
@@ -353,6 +409,6 @@ def test_a_folder_that_takes_no_files_is_refused_before_a_run(monkeypatch, tmp_p
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr(statistics.Study, "run", lambda *_: pytest.fail("it began"))
-    with pytest.raises(disback.Refusal, match="permission denied.*run from one that takes files"):
+    with pytest.raises(disback.Refusal, match="permission denied.*copy the repository to one that"):
         STUDY.main(["--quick", *more])
     assert not list(tmp_path.iterdir())

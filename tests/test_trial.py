@@ -314,6 +314,32 @@ def test_what_the_system_refuses_is_said_with_what_helps(refused, error, words):
     assert f"error: {words}" in refused(main, [])
 
 
+@pytest.mark.parametrize("rank, waits", [("0", 0), ("1", 1), ("10", 1), ("", 0)])
+def test_the_first_rank_has_the_word(refused, monkeypatch, rank, waits):
+    """torchrun ends the others once it has ended, while they still wait."""
+    slept, handler = [], command.signal.getsignal(command.signal.SIGTERM)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(command.time, "sleep", lambda seconds: slept.append(
+        command.signal.getsignal(command.signal.SIGTERM) == command.signal.SIG_DFL))
+    assert "--nonsense" in refused(degrade.main, ["toy2d", "--nonsense"])
+    command.signal.signal(command.signal.SIGTERM, handler)
+    assert slept == [True] * waits
+
+
+def test_a_rank_that_lost_another_ends_in_a_line(capsys, monkeypatch):
+    def main(argv):
+        raise RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed "
+                           "by peer [127.0.0.1]:1")
+
+    with pytest.raises(RuntimeError):
+        command.run(main)
+    monkeypatch.setattr(command.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(command.ranks, "rank", lambda: 1)
+    with pytest.raises(SystemExit, match="2"):
+        command.run(main)
+    assert capsys.readouterr().err == "error on rank 1: another rank has ended before\n"
+
+
 def test_a_picture_that_was_not_made_here_is_not_replaced(tmp_path):
     for made, name in ((False, "mine.png"), (True, "grid.png")):
         image = Image.new("RGB", (2, 2))

@@ -98,7 +98,8 @@ def draw(out: Path, lines: Lines) -> None:
 
 
 # The mismatch that an adaptive target waits for is one run's.
-STUDY = Study(__doc__, FOLDER, CELLS, ARMS, PLAN, QUICK, advance, draw, alone=("adaptive",))
+STUDY = Study(__doc__, FOLDER, CELLS, ARMS, PLAN, QUICK, ("swd", "mode_tv", "off_mode", "reach"),
+              advance, draw, alone=("adaptive",))
 
 if __name__ == "__main__":
     command.run(STUDY.main)
