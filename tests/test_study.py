@@ -211,10 +211,10 @@ def test_an_interrupt_waits_for_no_job(monkeypatch):
 
 def leave_something(sleep):
     """As a job does that is killed: a folder in the temporary one, and a progress bar."""
-    tempfile.mkdtemp()
+    made = tempfile.mkdtemp()
     list(tqdm.trange(1, file=io.StringIO()))
-    with tqdm.tqdm.get_lock():
-        return sleep(tqdm.tqdm.get_lock().__class__.__module__ == "_thread")
+    sleep(300)
+    return made, type(tqdm.tqdm.get_lock()).__module__
 
 
 def test_workers_leave_nothing_behind(monkeypatch, tmp_path):
@@ -228,7 +228,9 @@ def test_workers_leave_nothing_behind(monkeypatch, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         workers.work(leave_something, [bool, time.sleep], 2, interrupted)
-    assert taken == [True] and not list(tmp_path.iterdir())
+    ((made, lock),) = taken
+    assert made.startswith(str(tmp_path)) and not list(tmp_path.iterdir())
+    assert lock == "_thread"  # of multiprocessing it would be a semaphore
 
 
 @pytest.mark.parametrize("of_study", [STUDY, image_study.STUDY])
