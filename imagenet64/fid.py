@@ -102,6 +102,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.images == 1:
         command.refuse("--images must be at least 2, which a covariance needs")
+    for flag, file in (("--inception", args.inception), ("--reference", args.reference)):
+        if file and not file.is_file():
+            command.refuse(f"{flag} {file} is no file")
     if args.source.endswith(".npz") and (args.node is not None or args.steps is not None):
         command.refuse("--node and --steps are for weights, not for images in an .npz")
     return args
@@ -115,19 +118,19 @@ def main(argv: list[str]) -> None:
     base = Path(args.source).with_suffix(".fid") if npz else sample.default_name(args, "fid")
     files.must_take_files(base.parent, "folder: copy what is measured to one that takes "
                           "the result")
+    config = problem.PRESETS[args.preset or "tiny"] if npz else sample.config_of(args)
+    if config.images == "digits" and (args.inception or args.reference):
+        command.refuse("--inception and --reference are for ImageNet, not for the digits")
     if npz:
-        config = problem.PRESETS[args.preset or "tiny"]
         batches, size, blocks, about = of_npz(args)
     else:
         with ranks.first_rank_first():
-            made, config, about = sample.source(args)
+            made, _, about = sample.source(args)
         size, blocks = args.images or 50_000, args.blocks or 3
 
         def batches(block: int, done: int) -> Iterable[Tensor]:
             return (x for x, _ in made(range(block * size + done, (block + 1) * size)))
 
-    if config.images == "digits" and (args.inception or args.reference):
-        command.refuse("--inception and --reference are for ImageNet, not for the digits")
     with ranks.first_rank_first():
         extractor, reference = (features.of_digits(device) if config.images == "digits"
                                 else features.of_inception(*inception_files(args), device))

@@ -8,17 +8,22 @@ other is refused. Storages, pickles of torch.save's, are read by torch.load(weig
 
 import io
 import math
+import os
 import pickle
 import pickletools
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 import disback
 from runtime import command, files
+from runtime.errors import must
+
+SOURCE = "source_sha256"  # in the metadata of what is written here
 
 
 def convert(source: str | Path, target: str | Path) -> str:
@@ -30,9 +35,13 @@ def convert(source: str | Path, target: str | Path) -> str:
     target = Path(target)
     if target.suffix != ".safetensors":
         raise disback.Refusal(f"{target} must be named .safetensors, as that is what it will hold")
+    if os.path.lexists(target):
+        with files.blame(f"{target} is in the way: name another OUT.safetensors"), \
+                safe_open(target, "pt") as held:
+            must(not target.is_symlink() and SOURCE in (held.metadata() or {}), "not made here")
     tensors, digest = load(Path(source))
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    files.atomically(target, lambda f: save_file(tensors, f, {"source_sha256": digest}))
+    files.atomically(target, lambda f: save_file(tensors, f, {SOURCE: digest}))
     return digest
 
 
@@ -150,8 +159,10 @@ def collect(module: Held, prefix: str, tensors: dict, seen: set[int]) -> None:
 
 def main(argv: list[str]) -> None:
     parser = command.parser("python -m imagenet64.pickles", __doc__)
-    parser.add_argument("source", metavar="IN.pkl", help="a checkpoint as EDM releases them")
-    parser.add_argument("target", metavar="OUT.safetensors", help="its weights")
+    parser.add_argument("source", type=command.path, metavar="IN.pkl",
+                        help="a checkpoint as EDM releases them")
+    parser.add_argument("target", type=command.path, metavar="OUT.safetensors",
+                        help="its weights")
     args = parser.parse_args(argv)
     print(f"{convert(args.source, args.target)}  {args.source}")
 

@@ -67,6 +67,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 def run_or_images(text: str) -> str:
     """The type of RUN, which for fid.py may be an .npz."""
+    text = str(command.path(text))
     if text != "teacher" and Path(text).is_file() and not text.endswith(".npz"):
         raise argparse.ArgumentTypeError(f"{text} is a file: name the folder of its run")
     return text
@@ -92,12 +93,13 @@ def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
     if args.source == "teacher" and args.node is not None:
         command.refuse("--node is for a run's path; the teacher needs none")
     steps = 1 if one_step else args.steps or 18
-    device = ranks.device()
+    device, config = ranks.device(), config_of(args)
+    count = problem.NETWORKS[config.images]["label_dim"]
+    for wrong in (c for c in classes or () if not 0 <= c < count):
+        command.refuse(f"--classes must be from 0 to {count - 1}, not {wrong}")
     if args.source == "teacher":
-        config = problem.PRESETS[args.preset or "tiny"]
         net, sha256 = problem.load_teacher(config)
     else:
-        config = config_of(Path(args.source), args.preset, args.node)
         net = edm.Denoiser(**problem.NETWORKS[config.images])
         file = Path(args.source) / "student.safetensors"
         if one_step and not file.is_file():
@@ -112,9 +114,6 @@ def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
             file = path.files[args.node]
         files.load_net(file, net, "name the run that made it")
         sha256 = files.sha256(file)
-    count = problem.NETWORKS[config.images]["label_dim"]
-    for wrong in (c for c in classes or () if not 0 <= c < count):
-        command.refuse(f"--classes must be from 0 to {count - 1}, not {wrong}")
     net = results.SplitOverRanks(net.to(device, memory_format=torch.channels_last))
 
     @torch.no_grad()
@@ -131,9 +130,12 @@ def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
     return images, config, {"weights_sha256": sha256, "steps": steps}
 
 
-def config_of(run: Path, preset: str | None, node: int | None) -> problem.Config:
-    """The config that a run was made with, from its config.json."""
-    stage = "backtrack" if node is None else "degrade"
+def config_of(args: argparse.Namespace) -> problem.Config:
+    """The teacher's config, or that which a run was made with, from its config.json."""
+    if args.source == "teacher":
+        return problem.PRESETS[args.preset or "tiny"]
+    run, preset = Path(args.source), args.preset
+    stage = "backtrack" if args.node is None else "degrade"
     file = run / "config.json"
     stages = files.load_json(file, "name a run's folder")
     with files.blame(f"{run} holds no stage {stage} of imagenet64"):

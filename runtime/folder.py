@@ -14,7 +14,7 @@ import torch
 from disback import DegradationPath, Refusal
 from runtime import files, ranks
 from runtime.interface import Config, Problem, flag_of
-from runtime.records import check_finished, check_number, must_hold
+from runtime.records import check_finished, check_left, check_number, must_hold
 
 # What the stages write; a problem adds what it draws.
 STAGE1 = ("path/path.json", "path/[0-9]*.safetensors", "path/step-*.safetensors", "path/state.pt",
@@ -51,6 +51,7 @@ def enter(stage: str, args: Any) -> None:
         must_agree(out / "path", stages_of(out).get("degrade", {}), known, some=True)
     elif args.resume:
         check_state(out, stage, known)
+        check_left(out)
     if stage == "backtrack" and (args.target == "path" or args.fake_init == "degraded"):
         path = read_path(args.path or out / "path", known)
         if vars(args).get("config.nodes", nodes := len(path) - 1) != nodes:
@@ -144,7 +145,7 @@ def stages_of(out: Path) -> dict:
     if not file.exists():
         return {}
     stages = files.load_json(file, "name another --out")
-    if not all(name in ("degrade", "backtrack") and isinstance(about, dict)
+    if not stages or not all(name in ("degrade", "backtrack") and isinstance(about, dict)
                and isinstance(about.get("problem"), str) for name, about in stages.items()):
         raise Refusal(f"{file} is not of a run: name another --out")
     return stages
@@ -225,6 +226,9 @@ def read_path(folder: Path, known: dict, load_node: Any = None) -> DegradationPa
     for name in ("steps", "positions"):
         for value in path.about[name]:
             check_number(folder / "path.json", name, value)
+    steps, positions = path.about["steps"], path.about["positions"]
+    if len(steps) != len(positions) or steps != sorted({int(step) for step in steps}):
+        raise Refusal(f"{folder}/path.json was changed, its steps cannot be: record the path again")
     must_agree(folder, path.about | {
         "nodes": len(path) - 1, "degrade_steps": path.about["steps"][-1]}, known, some=True)
     check_number(folder / "path.json", "network_evals", path.about.get("network_evals", 0))
@@ -235,5 +239,5 @@ def open_path(folder: Path, problem: Problem) -> DegradationPath:
     """The same for a problem, all of whose flags the path must name."""
     path = read_path(folder, {}, problem.load_node)
     must_agree(folder, path.about, problem.about)
-    must_hold(path.files[0], problem.teacher)
+    must_hold(path.files, problem.teacher)
     return path

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from runtime.interface import Config
 
 
 def check_number(file: Path, name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or not 0 <= value < 1e30:
+    if type(value) not in (int, float) or not 0 <= value < 1e30:
         raise Refusal(f"{name} in {file} is {value!r}, which is no number that it can be: the file "
                       "was changed; make it again")
 
@@ -86,6 +87,15 @@ def check_finished(run: Path, problem: str, config: Config) -> None:
     read_snapshots(run)
 
 
+def check_left(run: Path) -> None:
+    """Refuse to go on with a run of which something is broken that its end reads."""
+    if any((run / "snapshots").glob("[0-9]*.safetensors")):
+        read_snapshots(run)
+    if (file := run / "metrics.json").exists():
+        before = files.load_json(file, "remove it, and it is written again")
+        check_number(file, "peak_memory_bytes", before.get("peak_memory_bytes", 0))
+
+
 def note_older(run: Path) -> None:
     """Say where a run has been prolonged, and its student is still that of before."""
     with contextlib.suppress(Refusal, KeyError, TypeError):  # it may be no run's folder
@@ -96,11 +106,21 @@ def note_older(run: Path) -> None:
                   "backtrack.py --resume ends it", file=sys.stderr)
 
 
-def must_hold(file: Path, net: nn.Module) -> None:
-    """Refuse a path whose node 0, in `file`, is not the teacher, `net`, to the last bit."""
-    own = net.state_dict()
-    with files.blame(f"{file} is not the teacher: record the path again, or name another --path"), \
-            safe_open(file, "pt") as held:
+def must_hold(nodes: Sequence[Path], net: nn.Module) -> None:
+    """Refuse a path whose node 0 is not the teacher, `net`, to the last bit, or of whose others a
+    name, shape or type is not its own. Their names may have a word before them."""
+    own, remedy = net.state_dict(), "record the path again, or name another --path"
+    with files.blame(f"{nodes[0]} is not the teacher: {remedy}"), safe_open(nodes[0], "pt") as held:
         must({*held.keys()} == own.keys() and all(
             held.get_tensor(name).equal(weight.cpu()) for name, weight in own.items()),
             "other weights")
+    for node in nodes[1:]:
+        with files.blame(f"{node} is not of this network: {remedy}"), safe_open(node, "pt") as held:
+            names = sorted(held.keys())
+            must(len(names) == len(own) and all(name.endswith(its) for name, its in zip(
+                names, sorted(own))), "other names")
+            for name, its in zip(names, sorted(own)):
+                there = held.get_slice(name)
+                must(there.get_shape() == [*own[its].shape] and
+                     there.get_dtype().startswith(("F", "BF")) == own[its].is_floating_point(),
+                     f"{name} is {there.get_dtype()} {there.get_shape()}")

@@ -2,11 +2,25 @@
 
 import contextlib
 import os
+import sys
 from importlib import metadata
+from typing import Any
 
 from packaging.version import Version
 
 OLDEST_PEFT = "0.18"
+
+
+def tell(kind: type, error: BaseException, *rest: Any) -> None:
+    """Of an interrupt while the libraries load, which takes seconds, or of one that does not."""
+    if issubclass(kind, KeyboardInterrupt | ImportError):
+        print("\nerror:", str(error) or "interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, *rest)
+
+
+if sys.argv[0] == "-m":  # so it is while `python -m sdxl...` comes here
+    sys.excepthook = tell
 
 for library in ("DIFFUSERS", "TRANSFORMERS"):
     os.environ.setdefault(f"{library}_VERBOSITY", "error")

@@ -14,6 +14,7 @@ from PIL import Image
 
 import disback
 from runtime import command, files, pictures, ranks, records, results
+from runtime.errors import must
 from sdxl import layout, model, text
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -38,9 +39,12 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if any(not 0 <= seed < 2**63 for seed in args.seeds):
         command.refuse("--seeds must be from 0 to 2**63 - 1")
-    run = Path(args.student).expanduser()
-    out = args.out or (run if (run / "student").is_dir() else Path("runs")) / "images"
-    if args.out or run in out.parents:  # else there may be no student
+    run, parts = Path(args.student), (WEIGHTS, "student.safetensors", "student")
+    while run.name in parts and not (run / "student").is_dir():
+        run = run.parent  # a part of a run was named
+    of_run = (run / "student").is_dir()
+    out = args.out or (run if of_run else Path("runs")) / "images"
+    if args.out or of_run:  # else there may be no student
         files.must_take_files(out, "--out")
     seeds = list(dict.fromkeys(args.seeds))  # a seed that is given twice makes one picture
     jobs = [(prompt, seed) for prompt in args.prompts for seed in seeds]
@@ -74,6 +78,8 @@ def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeli
     base = about["base"] if base is None else base
     base = local_base(file.parent.parent) if base is None else base
     folder = layout.find(base, files.cached(""), "--base")
+    model.must_be_sdxl(folder, "--base")
+    model.load_sigmas(folder, "--base")  # not used, but refused where no student is of such
     config = files.load_json(folder / "unet/config.json", "fetch it again")
     unet = model.load_unet(config, weights, file)
     with files.blame(f"{folder} is no SDXL pipeline: fetch it again, or name another by --base"):
@@ -81,7 +87,9 @@ def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeli
             folder, unet=unet, vae=model.load_part(AutoencoderKL, folder, "vae"),
             **text.encoders(folder))
         text.must_read_77(pipe)
-        about.setdefault("size", unet.config.sample_size * layout.vae_scale(folder))
+        side = unet.config.sample_size
+        must(type(side) is int and 0 < side < 2**13, f"the UNet's sample_size is {side!r}")
+        about.setdefault("size", side * layout.vae_scale(folder))
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return (pipe.to(ranks.device(), torch.float16) if torch.cuda.is_available() else pipe), about
@@ -169,8 +177,10 @@ def export(out: Path, folder: Path, rank: int, **about) -> None:
         (beside / "README.md").write_text(card(**about))
         for made in [made for made in beside.rglob("*") if made.is_file()]:
             target = out / "student" / made.relative_to(beside)
-            if target.name == "README.md" and target.exists():
-                continue  # a user may have edited it
+            if target.name == "README.md" and os.path.lexists(target):  # may be edited
+                if target.is_file() and target.read_text() != made.read_text():
+                    print(f"note: {target} is kept as it was")
+                continue
             target.parent.mkdir(parents=True, exist_ok=True)
             os.chmod(made, 0o666 & ~files.UMASK)  # safetensors leaves 0600
             os.replace(made, target)  # one by one: what a user keeps there stays
@@ -183,7 +193,8 @@ def card(base: str | None, timestep: int, size: int) -> str:
     metadata = ModelCardData(base_model=base or None, library_name="diffusers", tags=["disback"],
                              pipeline_tag="text-to-image", **licence)
     return CARD.read_text().format(metadata=metadata.to_yaml().strip(), timestep=timestep,
-                                   size=size, base=base or "OWNER/BASE-MODEL")
+                                   size=size, base=base or "OWNER/BASE-MODEL",
+                                   variant=', variant="fp16"' if base == BASE else "")
 
 
 if __name__ == "__main__":

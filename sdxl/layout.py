@@ -22,7 +22,7 @@ def weights(folder: Path, part: str) -> tuple[list[Path], str | None]:
     """The files of a part's weights, a whole or shards, in fp32 or else in fp16, and diffusers'
     name for that. Where there is none, the name of one that is missing."""
     stem = folder / part / PARTS[part]
-    names = re.compile(re.escape(stem.name) + r"(\.fp16)?(-\d+-of-\d+)?\.safetensors")
+    names = re.compile(re.escape(stem.name) + r"(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors")
     found = sorted(file for file in stem.parent.glob("*") if names.fullmatch(file.name))
     full = [file for file in found if ".fp16" not in file.name]
     variant = "fp16" if found and not full else None

@@ -87,18 +87,18 @@ def load(folder: Path) -> tuple[UNet2DConditionModel, Tensor]:
     return load_part(UNet2DConditionModel, folder, "unet"), sigmas
 
 
-def must_be_sdxl(folder: Path) -> None:
+def must_be_sdxl(folder: Path, flag: str = "--model") -> None:
     """Refuse the pipeline of another model, of inpainting or distilled for guidance."""
     kind = files.load_json(folder / "model_index.json", "it is no pipeline").get("_class_name")
     config = files.load_json(folder / "unet" / "config.json", "it is no UNet's config")
     added = config.get("addition_embed_type")
     if kind != "StableDiffusionXLPipeline" or added != "text_time":
         raise disback.Refusal(f"{folder} is not SDXL but {kind} (addition_embed_type {added}): "
-                              "name an SDXL base model by --model")
+                              f"name an SDXL base model by {flag}")
     for name, of_sdxl in {"in_channels": 4, "out_channels": 4, "time_cond_proj_dim": None}.items():
         if config.get(name, of_sdxl) != of_sdxl:
             raise disback.Refusal(f"{folder} has a UNet with {name} {config[name]}, not {of_sdxl}: "
-                                  "name an SDXL base model by --model")
+                                  f"name an SDXL base model by {flag}")
     pooled = files.load_json(folder / "text_encoder_2" / "config.json", "fetch it again")
     with files.blame(f"{folder / 'unet' / 'config.json'} does not fit its text_encoder_2"):
         must(config["projection_class_embeddings_input_dim"] ==
@@ -124,17 +124,18 @@ def load_part(kind: type, folder: Path, part: str) -> nn.Module:
         if any(report.values()):
             raise ValueError(", ".join(f"{what}: {sorted(names)[:2]}"
                                        for what, names in report.items() if names))
+        net.float()  # in a file of several types some weights keep theirs
         if broken := [name for name, w in net.state_dict().items() if not w.isfinite().all()]:
             raise ValueError(f"not finite: {', '.join(broken)}")
     return net.eval()
 
 
-def load_sigmas(folder: Path) -> Tensor:
+def load_sigmas(folder: Path, flag: str = "--model") -> Tensor:
     """Sigma [1000] of the timesteps, ascending, from the scheduler's config; Refusal where that
     leaves something to diffusers' defaults, or has other than 1000 finite ones."""
     file = folder / "scheduler" / "scheduler_config.json"
     config = files.load_json(file, "it is no scheduler's config")
-    other = f"{file} has another noise schedule than SDXL's kind: name an SDXL base by --model"
+    other = f"{file} has another noise schedule than SDXL's kind: name an SDXL base by {flag}"
     lacking = {"beta_start", "beta_end", "beta_schedule"} - config.keys()
     if (count := config.get("num_train_timesteps", 1000)) != 1000:
         raise disback.Refusal(f"{other} (num_train_timesteps is {count!r})")

@@ -10,7 +10,7 @@ __all__ = ["PRESETS", "WRITES", "dry_run", "make"]
 WRITES = ("figures/path.png", "figures/student.png", "figures/mismatch.png",
           "student/unet/config.json", "student/unet/diffusion_pytorch_model.safetensors",
           "student/scheduler/scheduler_config.json", "student/SDXL_DisBack.bin",
-          "student/README.md", "student/disback.json")
+          "student/disback.json")
 
 
 def make(config: Config, seed: int = 0, device: torch.device | str = "cpu") -> Problem:

@@ -31,7 +31,8 @@ def folder(cache: Path) -> Path:
     if not made.exists():
         files.must_take_files(cache, "cache by DISBACK_CACHE")
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder_beside:
+        with files.blame(f"cannot write {made}"), tempfile.TemporaryDirectory(
+                files.UNFINISHED, f".{made.name}.", cache) as folder_beside:
             beside = Path(folder_beside, made.name)
             pipeline().save_pretrained(beside)
             for file in beside.rglob("*.safetensors"):

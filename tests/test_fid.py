@@ -307,6 +307,7 @@ def test_the_command_gives_each_block_of_a_run_its_own_seeds_also_where_it_was_i
             x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
             yield features.to_uint8(x), None
 
+    monkeypatch.setattr(sample, "config_of", lambda args: problem.TINY)
     monkeypatch.setattr(sample, "source", lambda args: (
         images, problem.TINY, {"weights_sha256": "a"}))
     argv = [tmp_path, "--images", 20, "--blocks", 2]
@@ -327,6 +328,7 @@ def test_a_cut_off_measurement_is_not_gone_on_with_once_its_parts_have_changed(
     (extractor, data), changed = features.of_digits("cpu"), {}
     monkeypatch.setattr(features, "of_digits", lambda device: (
         dataclasses.replace(extractor, about=extractor.about | changed), data))
+    monkeypatch.setattr(sample, "config_of", lambda args: problem.TINY)
     monkeypatch.setattr(sample, "source", lambda args: (
         lambda seeds: ((IMAGES[:6, :, :1, :1].repeat(1, 1, 8, 8), None) for _ in seeds),
         problem.TINY, {"weights_sha256": "a"} | changed))
@@ -356,6 +358,7 @@ def test_a_damaged_partial_file_is_refused_by_name(tmp_path, broken):
                                    lambda file: file.write_text("{}")])
 def test_what_is_no_result_is_not_replaced_by_one_and_is_told_before_it_is_measured(
         monkeypatch, tmp_path, write):
+    monkeypatch.setattr(sample, "config_of", lambda args: problem.TINY)
     monkeypatch.setattr(sample, "source", lambda args: (None, problem.TINY, {}))
     monkeypatch.setattr(fid, "measure", lambda *_: pytest.fail("measured"))
     write(tmp_path / "fid-12x1.json")
@@ -363,8 +366,19 @@ def test_what_is_no_result_is_not_replaced_by_one_and_is_told_before_it_is_measu
     assert "fid-12x1.json" in said and "move it" in said
 
 
+@pytest.mark.parametrize("main, argv, cause", [
+    (sample.main, ["--classes", "10"], "--classes"),
+    (fid.main, ["--inception", "/none"], "--inception /none is no file"),
+    (fid.main, ["--reference", "/none", "--preset", "full"], "--reference /none is no file"),
+    (fid.main, ["--reference", __file__], "not for the digits")])
+def test_a_mistake_is_told_before_a_teacher_is_trained_or_fetched(monkeypatch, main, argv, cause):
+    monkeypatch.setattr(problem, "load_teacher", lambda _: pytest.fail("loaded"))
+    assert cause in refusal(main, ["teacher", *argv])
+
+
 def test_a_run_is_measured_on_three_blocks_of_fifty_thousand_unless_told(monkeypatch, tmp_path):
     asked = []
+    monkeypatch.setattr(sample, "config_of", lambda args: problem.TINY)
     monkeypatch.setattr(sample, "source", lambda args: (None, problem.TINY, {}))
     monkeypatch.setattr(fid, "measure", lambda batches, extract, reference, images, blocks, *rest: (
         asked.append((images, blocks)) or (_ for _ in ()).throw(KeyboardInterrupt)))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import BACKTRACK, DEGRADE, edit, read, refusal, same
 from processes import Started
+from safetensors.torch import load_file
 
 import backtrack
 import degrade
@@ -168,12 +169,48 @@ def test_a_resume_by_other_flags_is_refused_before_a_teacher_is_trained(
 @pytest.mark.parametrize("name, value", [
     ("network_evals", -5), ("network_evals", "many"), ("steps", 7), ("steps", [0, "many", 2, 3, 4]),
     ("steps", [0, 1, -1, 3, 4]), ("positions", [0, 1, 2, 3, float("nan")]),
-    ("positions", [0, float("nan"), 2, 3, 4]), ("positions", [0, 1, None, 3, 4]), ("steps", [])])
+    ("steps", [0, 1, 3, 2, 4]), ("steps", [0, 1, 2, 3.5, 4]), ("positions", [0, 1, 2]),
+    ("steps", [False, True, 2, 3, 4]), ("positions", [0, float("nan"), 2, 3, 4]),
+    ("positions", [0, 1, None, 3, 4]), ("steps", [])])
 def test_a_number_of_the_path_that_cannot_be_is_refused_before_a_teacher_is_trained(
         stage1, refused, no_training, name, value):
     out, _ = stage1
     edit(out / "path" / "path.json", **{name: value})
     assert "path.json" in refused(backtrack.main, ["toy2d", "--out", out, *BACKTRACK])
+
+
+@pytest.mark.parametrize("change, cause", [
+    (lambda w, name: w.pop(name), "names"), (lambda w, name: w.update(x=w.pop(name)), "names"),
+    (lambda w, name: w.update({name: w[name][:-1]}), "bias is F32"),
+    (lambda w, name: w.update({name: w[name].int()}), "bias is I32")])
+def test_a_node_of_another_network_is_told_at_the_start(stage1, refused, change, cause):
+    out, _ = stage1
+    file = out / "path" / "01.safetensors"
+    weights = load_file(file)
+    change(weights, next(name for name in sorted(weights) if name.endswith("bias")))
+    files.save_tensors(file, weights)
+    line = refused(backtrack.main, ["toy2d", "--out", out, *BACKTRACK])
+    assert "01.safetensors is not of this network: record" in line and cause in line
+    assert not (out / "snapshots").exists()
+
+
+@pytest.mark.parametrize("name, content, cause", [
+    ("metrics.json", "{", "remove it"), ("metrics.json", '{"peak_memory_bytes": "x"}', "peak"),
+    ("snapshots/0000002.safetensors", "cut", "remove it, and the figures do without")])
+def test_what_the_end_reads_is_read_before_a_run_goes_on(finished, refused, no_training, name,
+                                                         content, cause):
+    out, argv = finished
+    (out / name).write_text(content)
+    line = refused(backtrack.main, [*argv, "--resume"])
+    assert str(out / name) in line and cause in line
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"mine": 1}'])
+def test_a_strangers_config_is_not_replaced(tmp_path, refused, no_training, content):
+    (tmp_path / "config.json").write_text(content)
+    line = refused(degrade.main, ["toy2d", "--out", tmp_path, *DEGRADE])
+    assert "config.json is not of a run: name another --out" in line
+    assert (tmp_path / "config.json").read_text() == content
 
 
 def test_a_node_that_cannot_be_opened_is_told_with_the_remedy(stage1, refused):

@@ -91,10 +91,25 @@ def test_the_command_line_converts_and_names_the_hash_and_has_help(capsys, tmp_p
 
 
 @pytest.mark.parametrize("argv", [[], ["a.pkl"], ["no.pkl", "b.safetensors"],
-                                  [".", "b.safetensors"], [str(FIXTURE), "b.pkl"]])
+                                  [".", "b.safetensors"], [str(FIXTURE), "b.pkl"],
+                                  ["", "b.safetensors"], [str(FIXTURE), ""]])
 def test_a_wrong_command_line_ends_with_one_line_and_status_2(argv, refused, tmp_path):
     assert refused(pickles.main, argv)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_not_converted_here_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for _ in range(2):  # its own it makes again
+        pickles.main([str(FIXTURE), "~/ours.safetensors"])
+    files.save_tensors(tmp_path / "student.safetensors", {"x": torch.zeros(1)})
+    (tmp_path / "notes.safetensors").write_text("mine")
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "ours.safetensors")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    for name in ("student", "notes", "link"):
+        line = refusal(pickles.main, [str(FIXTURE), str(tmp_path / f"{name}.safetensors")])
+        assert f"{name}.safetensors is in the way: name another" in line
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 class Persistent:

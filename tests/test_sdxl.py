@@ -421,6 +421,7 @@ def test_the_model_card_says_base_licence_timestep_and_size(base, named, licence
     card = huggingface_hub.ModelCard(generate.card(base, 123, 456))
     assert card.data.base_model == (base or None) and card.data.license == licence
     assert (card.data.library_name, card.data.pipeline_tag) == ("diffusers", "text-to-image")
+    assert ('variant="fp16"' in card.text) == (base == generate.BASE)
     assert f'base = "{named}"' in card.text and "[123], height=456, width=456" in card.text
 
 
@@ -467,12 +468,18 @@ def test_the_snippet_of_readme_and_card_makes_the_pictures_of_sdxl_generate_with
     assert np.abs(theirs - ours).max() <= 1  # a rounding may fall on either side
 
 
-def test_pictures_of_a_file_of_weights_do_not_go_beside_it(run, base, tmp_path, monkeypatch):
+def test_pictures_of_a_runs_weights_go_to_the_run_and_of_others_not_beside_them(
+        run, base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    file = run / "student" / generate.WEIGHTS
-    generate.main(["a dog", "--base", str(base), "--student", str(file)])
-    assert (tmp_path / "runs" / "images" / "00-0.png").exists()
-    assert not (run / "student" / "images").exists()
+    copy = shutil.copytree(run, tmp_path / "student")  # such a name means nothing
+    file = shutil.copy(copy / "student" / generate.WEIGHTS, tmp_path / "mine.bin")
+    for student, out in ((copy / "student" / generate.WEIGHTS, copy / "images"),
+                         (copy / "student", copy / "images"), (copy, copy / "images"),
+                         (copy / "student.safetensors", copy / "images"),
+                         (file, tmp_path / "runs" / "images")):
+        generate.main(["a dog", "--base", str(base), "--student", str(student)])
+        assert {made.parent for made in tmp_path.rglob("00-0.png")} == {out}
+        shutil.rmtree(out)
 
 
 def test_generate_makes_a_picture_of_each_prompt_and_seed_that_no_other_changes(

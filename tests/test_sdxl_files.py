@@ -50,6 +50,33 @@ def test_fp16_is_taken_only_where_there_is_no_fp32(base, mine):
     assert torch.equal(found.conv_in.weight, half["conv_in.weight"].float())
 
 
+def test_weights_of_several_types_are_all_float32_and_too_large_ones_are_refused(base, mine):
+    for part, dtype in (("unet", torch.float16), ("vae", torch.bfloat16),
+                        ("text_encoder", torch.float64)):
+        (file,) = layout.weights(mine, part)[0]
+        weights = load_file(file)
+        name = next(name for name in weights if name.endswith("bias"))
+        save_file(weights | {name: weights[name].to(dtype)}, file, {"format": "pt"})
+        net = model.load_part(KINDS[part], mine, part)
+        assert {w.dtype for w in net.parameters()} == {torch.float32}
+        save_file(weights | {name: weights[name].double() + 1e300}, file, {"format": "pt"})
+        assert "not finite" in refusal(model.load_part, KINDS[part], mine, part)
+
+
+def test_shards_of_fp16_under_their_former_names_are_read(base, mine):
+    rewritten(mine, "unet", variant="fp16", max_shard_size="60KB")
+    index = mine / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    said = index.read_text()
+    for file in layout.weights(mine, "unet")[0]:
+        stem, _, number = file.stem.partition(".fp16")
+        file.rename(file.with_name(f"{stem}{number}.fp16.safetensors"))
+        said = said.replace(file.name, f"{stem}{number}.fp16.safetensors")
+    index.write_text(said)
+    assert layout.find(str(mine), mine) == mine
+    assert same(*(model.load_part(KINDS["unet"], folder, "unet").state_dict()
+                  for folder in (mine, base)))
+
+
 def test_a_shard_that_is_missing_or_cut_is_found_before_anything_is_computed(mine):
     rewritten(mine, "unet", max_shard_size="500KB")
     shard = layout.weights(mine, "unet")[0][1]

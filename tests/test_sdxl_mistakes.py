@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 
 import backtrack
 import degrade
+import sdxl
 from runtime import files, folder
-from sdxl import generate, layout, memory, model, problem, settings, text
+from sdxl import generate, layout, memory, model, problem, settings, text, tiny
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -230,6 +231,43 @@ def test_what_generate_cannot_use_is_refused(offline, base, tmp_path):
     assert not (tmp_path / "images").exists()
 
 
+@pytest.mark.parametrize("name, change, cause", [
+    ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "v_prediction"),
+    ("scheduler/scheduler_config.json", {"num_train_timesteps": 100}, "num_train_timesteps"),
+    ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "not SDXL"),
+    ("unet/config.json", {"addition_time_embed_dim": None}, "does not fit its text_encoder_2"),
+    ("unet/config.json", {"sample_size": 16.5}, "sample_size is 16.5"),
+    ("unet/config.json", {"sample_size": -16}, "sample_size is -16")])
+def test_a_base_of_another_kind_serves_no_student(mine, base, name, change, cause):
+    edit(mine / name, **change)
+    assert cause in refusal(generate.load, str(base / UNET), str(mine))
+
+
+def test_a_full_disk_is_told_where_the_tiny_pipeline_is_written(monkeypatch, tmp_path):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(tiny, "pipeline", lambda: SimpleNamespace(save_pretrained=full))
+    line = refusal(tiny.folder, tmp_path)
+    assert "cannot write" in line and "No space left" in line and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error, said", [
+    (KeyboardInterrupt(), "error: interrupted"), (ImportError("peft is old"), "error: peft is")])
+def test_an_interrupt_while_the_libraries_load_is_a_line(monkeypatch, capsys, error, said):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    before = sys.excepthook
+    importlib.reload(sdxl)
+    assert sys.excepthook is before
+    monkeypatch.setattr(sys, "argv", ["-m"])
+    importlib.reload(sdxl)
+    sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err.strip().startswith(said)
+    sys.excepthook(ValueError, ValueError("a fault"), None)
+    assert "ValueError: a fault" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("more, cause", [
     ({"minus_teacher.more": torch.zeros(1)}, "more"), ({"bias": torch.zeros(2)}, "no difference"),
     ({"minus_teacher.bias": torch.zeros(1)}, "bias"),  # which could be added to any shape
@@ -246,13 +284,14 @@ def test_a_node_whose_difference_does_not_fit_is_refused(tmp_path, more, cause):
         model.add_difference(tmp_path / "02.safetensors", net)
 
 
-def test_a_model_card_that_a_user_has_edited_stays(base, tmp_path):
+def test_a_model_card_that_a_user_has_edited_stays(base, tmp_path, capsys):
     shutil.copy(base / UNET, tmp_path / "student.safetensors")
     card = tmp_path / "student" / "README.md"
     generate.export(tmp_path, base, 0, base="", timestep=1, size=8)
     card.write_text(card.read_text() + "mine")
     generate.export(tmp_path, base, 0, base="", timestep=1, size=8)
     assert card.read_text().endswith("mine")
+    assert f"{card} is kept as it was" in capsys.readouterr().out
 
 
 def test_a_disk_that_is_full_at_the_end_is_told_and_keeps_what_was_there(
@@ -289,7 +328,7 @@ def test_the_student_of_a_run_that_is_replaced_is_removed_and_what_is_beside_it_
     args.overwrite = True
     folder.refuse_taken(tmp_path, args)
     folder.claim(args, made, "backtrack", {}, 0)
-    assert [file.name for file in (tmp_path / "student").iterdir()] == ["mine.json"]
+    assert {file.name for file in (tmp_path / "student").iterdir()} == {"README.md", "mine.json"}
 
 
 def test_code_in_a_file_of_weights_is_not_run(base, tmp_path):

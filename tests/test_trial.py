@@ -11,6 +11,7 @@ import runpy
 import shutil
 import stat
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -426,7 +427,7 @@ def test_a_number_of_a_runs_config_that_cannot_be_is_said_to_be_there(tmp_path):
     about = {"problem": "imagenet64", "preset": "tiny"} | dataclasses.asdict(digits.TINY)
     files.save_json(tmp_path / "config.json", {"backtrack": about | {"start_sigma": "80"}})
     with pytest.raises(disback.Refusal, match="config.json was changed: --start-sigma"):
-        sample.config_of(tmp_path, None, None)
+        sample.config_of(SimpleNamespace(source=str(tmp_path), preset=None, node=None))
 
 
 def test_a_number_of_nodes_that_the_path_has_not_is_no_use_and_said_to_be(
