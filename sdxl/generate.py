@@ -79,7 +79,7 @@ def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeli
     base = local_base(file.parent.parent) if base is None else base
     folder = layout.find(base, files.cached(""), "--base")
     model.must_be_sdxl(folder, "--base")
-    model.load_sigmas(folder, "--base")  # not used, but refused where no student is of such
+    model.load_sigmas(folder, "--base")  # to refuse what no student is distilled from
     config = files.load_json(folder / "unet/config.json", "fetch it again")
     unet = model.load_unet(config, weights, file)
     with files.blame(f"{folder} is no SDXL pipeline: fetch it again, or name another by --base"):
