@@ -23,6 +23,8 @@ def blame(what: str) -> Iterator[None]:
     except Refusal:
         raise
     except Exception as error:  # a file that is broken can fail in any way
+        if isinstance(error.__context__, KeyboardInterrupt):  # a writer that was cut off
+            raise error.__context__ from None
         if out_of_memory(error):
             raise
         raise Refusal(in_words(error, what)) from error

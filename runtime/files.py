@@ -78,9 +78,10 @@ def save_json(file: pathlib.Path, value: Any) -> None:
     atomically(file, lambda beside: beside.write_text(json.dumps(value, indent=1) + "\n"))
 
 
-def load_json(file: pathlib.Path, remedy: str) -> dict:
+def load_json(file: pathlib.Path, remedy: str, constant: Callable = int) -> dict:
+    """`constant` reads NaN and infinities; int refuses them."""
     with blame(f"{file} cannot be read: {remedy}"):
-        return dict(json.loads(file.read_text(), parse_constant=int))  # int refuses NaN
+        return dict(json.loads(file.read_text(), parse_constant=constant))
 
 
 def sha256(file: pathlib.Path) -> str:

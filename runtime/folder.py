@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from disback import DegradationPath, Refusal
-from runtime import files, ranks
+from runtime import files, ranks, records
 from runtime.interface import Config, Problem, flag_of
-from runtime.records import check_finished, check_left, check_number, must_hold
 
 # What the stages write; a problem adds what it draws.
 STAGE1 = ("path/path.json", "path/[0-9]*.safetensors", "path/step-*.safetensors", "path/state.pt",
@@ -51,15 +50,16 @@ def enter(stage: str, args: Any) -> None:
         must_agree(out / "path", stages_of(out).get("degrade", {}), known, some=True)
     elif args.resume:
         check_state(out, stage, known)
-        check_left(out)
+        records.check_left(out)
     if stage == "backtrack" and (args.target == "path" or args.fake_init == "degraded"):
+        records.must_be_recorded(args.path or out / "path", args.resume)
         path = read_path(args.path or out / "path", known)
         if vars(args).get("config.nodes", nodes := len(path) - 1) != nodes:
             print(f"note: --nodes {args.config.nodes} changes nothing: {path.folder} has {nodes}")
     elif stage == "backtrack" and args.path:
         raise Refusal(f"--path {args.path} is of no use to --target teacher alone: leave it out")
     if stage == "backtrack" and args.compare:
-        check_finished(args.compare, args.problem, args.config)
+        records.check_finished(args.compare, args.problem, args.config)
         if args.compare.resolve() == out.resolve():
             raise Refusal(f"--compare {args.compare} is this run itself: name another one")
     if args.resume and recorded:
@@ -190,6 +190,7 @@ def check_state(out: Path, stage: str, known: dict) -> None:
             "name another --out" if finished else "start with --overwrite in place of --resume")):
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         must_agree(file, state["settings"], known)
+        records.check_state_numbers(state)
         if state["step"] > known[f"{stage}_steps"]:
             raise Refusal(f"{file} is at step {state['step']} already: --steps must be at least "
                           "as many")
@@ -225,13 +226,13 @@ def read_path(folder: Path, known: dict, load_node: Any = None) -> DegradationPa
     path = DegradationPath(folder, load_node)
     for name in ("steps", "positions"):
         for value in path.about[name]:
-            check_number(folder / "path.json", name, value)
+            records.check_number(folder / "path.json", name, value)
     steps, positions = path.about["steps"], path.about["positions"]
     if len(steps) != len(positions) or steps != sorted({int(step) for step in steps}):
         raise Refusal(f"{folder}/path.json was changed, its steps cannot be: record the path again")
     must_agree(folder, path.about | {
         "nodes": len(path) - 1, "degrade_steps": path.about["steps"][-1]}, known, some=True)
-    check_number(folder / "path.json", "network_evals", path.about.get("network_evals", 0))
+    records.check_number(folder / "path.json", "network_evals", path.about.get("network_evals", 0))
     return path
 
 
@@ -239,5 +240,5 @@ def open_path(folder: Path, problem: Problem) -> DegradationPath:
     """The same for a problem, all of whose flags the path must name."""
     path = read_path(folder, {}, problem.load_node)
     must_agree(folder, path.about, problem.about)
-    must_hold(path.files, problem.teacher)
+    records.must_hold(path.files, problem.teacher)
     return path

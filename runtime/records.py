@@ -87,6 +87,16 @@ def check_finished(run: Path, problem: str, config: Config) -> None:
     read_snapshots(run)
 
 
+def check_state_numbers(state: dict) -> None:
+    """ValueError where a checkpoint's own numbers cannot be."""
+    step, since, seconds = (state[name] for name in ("step", "since", "seconds"))
+    node = state["others"].get("scheduler", {}).get("node", 0)
+    must(type(step) is type(since) is int and 0 <= since <= step, f"step {step}, since {since}")
+    must(type(node) is int and node >= 0, f"node {node}")
+    must(0 <= seconds < math.inf and all(
+        total.isfinite() for total in state["sums"].values()), "its sums are not finite")
+
+
 def check_left(run: Path) -> None:
     """Refuse to go on with a run of which something is broken that its end reads."""
     if any((run / "snapshots").glob("[0-9]*.safetensors")):
@@ -104,6 +114,21 @@ def note_older(run: Path) -> None:
         if made < asked:
             print(f"note: the student in {run} is of iteration {made}, the run goes on to {asked}: "
                   "backtrack.py --resume ends it", file=sys.stderr)
+
+
+def must_be_recorded(folder: Path, resumed: bool) -> None:
+    """Refuse a folder without a path in the words that help: it may be a run's, or under way, or
+    of a run that is `resumed` and had its path elsewhere."""
+    if folder.is_file():
+        raise Refusal(f"{folder} is a file: name its folder by --path")
+    if (folder / "path.json").exists():
+        return
+    if (folder / "path" / "path.json").exists():
+        raise Refusal(f"{folder} is a run: name {folder / 'path'} by --path")
+    if (folder / "state.pt").exists():
+        raise Refusal(f"{folder} is not recorded to its end: degrade.py --resume goes on with it")
+    if resumed:
+        raise Refusal(f"{folder} is not there: this run had its path elsewhere, name it by --path")
 
 
 def must_hold(nodes: Sequence[Path], net: nn.Module) -> None:

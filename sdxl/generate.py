@@ -90,7 +90,7 @@ def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeli
         side = unet.config.sample_size
         must(type(side) is int and 0 < side < 2**13, f"the UNet's sample_size is {side!r}")
         about.setdefault("size", side * layout.vae_scale(folder))
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
     return (pipe.to(ranks.device(), torch.float16) if torch.cuda.is_available() else pipe), about
 
@@ -170,8 +170,8 @@ def export(out: Path, folder: Path, rank: int, **about) -> None:
             tempfile.TemporaryDirectory(files.UNFINISHED, ".student.", out) as folder_beside:
         beside = Path(folder_beside)
         unet.save_pretrained(beside / "unet", max_shard_size="12GB")
-        LCMScheduler.from_pretrained(folder, subfolder="scheduler").save_pretrained(
-            beside / "scheduler")
+        LCMScheduler.from_pretrained(  # DDIM's would clip the latents
+            folder, subfolder="scheduler", clip_sample=False).save_pretrained(beside / "scheduler")
         torch.save(unet.state_dict(), beside / WEIGHTS)
         files.save_json(beside / ABOUT, about)
         (beside / "README.md").write_text(card(**about))

@@ -134,7 +134,7 @@ def load_sigmas(folder: Path, flag: str = "--model") -> Tensor:
     """Sigma [1000] of the timesteps, ascending, from the scheduler's config; Refusal where that
     leaves something to diffusers' defaults, or has other than 1000 finite ones."""
     file = folder / "scheduler" / "scheduler_config.json"
-    config = files.load_json(file, "it is no scheduler's config")
+    config = files.load_json(file, "it is no scheduler's config", float)  # DPM++ has an infinity
     other = f"{file} has another noise schedule than SDXL's kind: name an SDXL base by {flag}"
     lacking = {"beta_start", "beta_end", "beta_schedule"} - config.keys()
     if (count := config.get("num_train_timesteps", 1000)) != 1000:

@@ -376,6 +376,12 @@ def test_a_mistake_is_told_before_a_teacher_is_trained_or_fetched(monkeypatch, m
     assert cause in refusal(main, ["teacher", *argv])
 
 
+@pytest.mark.parametrize("main", [sample.main, fid.main])
+def test_a_run_of_stage_1_alone_has_nodes(tmp_path, main):
+    (tmp_path / "config.json").write_text('{"degrade": {"problem": "imagenet64"}}')
+    assert "run backtrack.py, or name a node by --node" in refusal(main, [str(tmp_path)])
+
+
 def test_a_run_is_measured_on_three_blocks_of_fifty_thousand_unless_told(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(sample, "config_of", lambda args: problem.TINY)

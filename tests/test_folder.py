@@ -205,6 +205,39 @@ def test_what_the_end_reads_is_read_before_a_run_goes_on(finished, refused, no_t
     assert str(out / name) in line and cause in line
 
 
+@pytest.mark.parametrize("changes", [
+    {"step": 3.5}, {"step": -5, "since": -5}, {"step": True}, {"since": "x"}, {"since": 10**6},
+    {"seconds": float("nan")}, {"sums": {"loss_fake": torch.tensor(float("nan"))}},
+    {"others": {"scheduler": {"node": -1}}}, {"others": {"scheduler": {"node": "a"}}}])
+def test_a_number_of_a_checkpoint_that_cannot_be_is_refused(finished, refused, no_training,
+                                                            changes):
+    out, argv = finished
+    state = torch.load(out / "state.pt", weights_only=True)
+    torch.save(state | changes, out / "state.pt")
+    line = refused(backtrack.main, [*argv, "--resume"])
+    assert "state.pt is not a checkpoint of this run" in line
+
+
+def test_a_path_that_is_not_there_is_told_in_the_words_that_help(
+        stage1, refused, no_training, tmp_path):
+    (out, _), new = stage1, ["toy2d", *BACKTRACK, "--out", tmp_path / "new"]
+    line = refused(backtrack.main, [*new, "--path", out])
+    assert f"{out} is a run: name {out / 'path'} by --path" in line
+    assert "is a file: name its folder" in refused(
+        backtrack.main, [*new, "--path", out / "path" / "path.json"])
+    assert "record the path with degrade.py" in refused(backtrack.main, new)
+    (tmp_path / "new" / "path").mkdir(parents=True)
+    (tmp_path / "new" / "path" / "state.pt").touch()
+    assert "degrade.py --resume goes on with it" in refused(backtrack.main, new)
+
+
+def test_a_run_that_walked_another_path_is_told_to_name_it(finished, refused, no_training):
+    out, argv = finished
+    shutil.rmtree(out / "path")
+    assert "had its path elsewhere, name it by --path" in refused(
+        backtrack.main, [*argv, "--resume"])
+
+
 @pytest.mark.parametrize("content", ["{}", "[]", '{"mine": 1}'])
 def test_a_strangers_config_is_not_replaced(tmp_path, refused, no_training, content):
     (tmp_path / "config.json").write_text(content)

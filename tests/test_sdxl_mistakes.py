@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import math
 import shutil
 import stat
 import sys
@@ -241,6 +242,20 @@ def test_what_generate_cannot_use_is_refused(offline, base, tmp_path):
 def test_a_base_of_another_kind_serves_no_student(mine, base, name, change, cause):
     edit(mine / name, **change)
     assert cause in refusal(generate.load, str(base / UNET), str(mine))
+
+
+def test_a_scheduler_of_sdxls_noise_serves_whatever_its_class_would_do(mine, base, tmp_path):
+    """DPM++ has an infinity in its config; DDIM's own would clip the latents."""
+    edit(mine / "scheduler/scheduler_config.json", lambda_min_clipped=-math.inf, clip_sample=True)
+    assert torch.equal(model.load_sigmas(mine), model.load_sigmas(base))
+    pipe, _ = generate.load(str(base / UNET), str(mine))
+    assert not pipe.scheduler.config.clip_sample
+    shutil.copy(base / UNET, tmp_path / "student.safetensors")
+    generate.export(tmp_path, mine, 0, base="", timestep=1, size=8)
+    config = json.loads((tmp_path / "student/scheduler/scheduler_config.json").read_text())
+    assert config["clip_sample"] is False
+    edit(mine / "scheduler/scheduler_config.json", beta_start=math.nan)
+    assert "noise schedule" in refusal(model.load_sigmas, mine)
 
 
 def test_a_full_disk_is_told_where_the_tiny_pipeline_is_written(monkeypatch, tmp_path):

@@ -25,7 +25,7 @@ import degrade
 import disback
 from imagenet64 import download, fid, sample
 from imagenet64 import problem as digits
-from runtime import cli, command, files, folder, pictures, plots, ranks, records
+from runtime import cli, command, errors, files, folder, pictures, plots, ranks, records
 from sdxl import figures, generate, layout, text, tiny
 from toy2d import problem
 from toy2d.gallery import __main__ as gallery
@@ -104,7 +104,7 @@ def finished(recorded, tmp_path):
 @pytest.fixture
 def compared(finished, recorded, refused, no_training, tmp_path):
     """Whether it is refused to compare with that run, in which line, before anything is made."""
-    folder.check_finished(finished, "toy2d", problem.PRESETS["ring"])  # as it is
+    records.check_finished(finished, "toy2d", problem.PRESETS["ring"])  # as it is
 
     def run():
         line = refused(backtrack.main, ["toy2d", "--path", recorded / "path", *BACKTRACK, "--out",
@@ -313,6 +313,15 @@ def test_what_the_system_refuses_is_said_with_what_helps(refused, error, words):
         raise error
 
     assert f"error: {words}" in refused(main, [])
+
+
+def test_an_interrupt_of_a_writer_that_then_fails_is_an_interrupt():
+    """As matplotlib's does, which finishes a GIF of no pictures."""
+    with pytest.raises(KeyboardInterrupt), errors.blame("the GIF cannot be written"):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            [].pop()
 
 
 @pytest.mark.parametrize("rank, waits", [("0", 0), ("1", 1), ("10", 1), ("", 0)])
