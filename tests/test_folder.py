@@ -206,8 +206,9 @@ def test_what_the_end_reads_is_read_before_a_run_goes_on(finished, refused, no_t
 
 
 @pytest.mark.parametrize("changes", [
-    {"step": 3.5}, {"step": -5, "since": -5}, {"step": True}, {"since": "x"}, {"since": 10**6},
-    {"seconds": float("nan")}, {"sums": {"loss_fake": torch.tensor(float("nan"))}},
+    {"step": 3.5, "since": 0}, {"step": -5, "since": -5}, {"step": True, "since": 0},
+    {"since": "x"}, {"since": 10**6}, {"seconds": float("nan")},
+    {"sums": {"loss_fake": torch.tensor(float("nan"))}},
     {"others": {"scheduler": {"node": -1}}}, {"others": {"scheduler": {"node": "a"}}}])
 def test_a_number_of_a_checkpoint_that_cannot_be_is_refused(finished, refused, no_training,
                                                             changes):
