@@ -139,7 +139,7 @@ def load_sigmas(folder: Path, flag: str = "--model") -> Tensor:
     lacking = {"beta_start", "beta_end", "beta_schedule"} - config.keys()
     if (count := config.get("num_train_timesteps", 1000)) != 1000:
         raise disback.Refusal(f"{other} (num_train_timesteps is {count!r})")
-    if lacking or str(config.get("_class_name")).startswith("EDM"):
+    if lacking or str(config.get("_class_name")).startswith(("EDM", "FlowMatch")):
         raise disback.Refusal(f"{other} ({config.get('_class_name')}, without {sorted(lacking)})")
     with files.blame(other):
         scheduler = DDPMScheduler.from_config(config)

@@ -123,7 +123,9 @@ def test_broken_text_encoders_and_tokenizers_are_refused_with_the_remedy(mine, t
     ({"trained_betas": [0.01, -0.005] * 500}, "sigmas from"),
     ({"beta_end": 1e300}, "noise schedule"),
     ({"beta_start": 0.0}, "from 0.0"), ({"beta_schedule": "exotic"}, "exotic"),
-    ({"_class_name": "EDMEulerScheduler"}, "EDM"), ({"beta_start": None}, "noise schedule"),
+    ({"_class_name": "EDMEulerScheduler"}, "EDM"),
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatch"),
+    ({"beta_start": None}, "noise schedule"),
     ({"beta_start": ...}, "without ['beta_start']"), ({"beta_end": ...}, "without ['beta_end']"),
     ({"beta_schedule": ...}, "without ['beta_schedule']")])
 def test_another_kind_of_noise_schedule_is_refused(mine, changes, cause):
