@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
         batches, size, blocks, about = of_npz(args)
     else:
         with ranks.first_rank_first():
-            made, _, about = sample.source(args)
+            made, about = sample.source(args)
         size, blocks = args.images or 50_000, args.blocks or 3
 
         def batches(block: int, done: int) -> Iterable[Tensor]:

@@ -64,10 +64,6 @@ def make(config: Config, seed: int = 0,
 
     The first call trains or downloads the teacher and keeps it; no seed of the student's changes
     it. Labels are uniformly random: no stage sees an image of the data."""
-    if config.images == "digits":
-        # Two threads are 1.7 times faster on an idle machine, and 10 times slower on a busy one,
-        # where they wait for each other; and the bits shall not depend on the machine's cores.
-        torch.set_num_threads(1)
     teacher, teacher_sha256 = load_teacher(config)
     evaluate = Evaluation(config, device) if config.images == "digits" else None
     return assemble(config, seed, device, teacher, teacher_sha256, evaluate)
@@ -185,8 +181,12 @@ class Evaluation:
 
 
 def load_teacher(config: Config) -> tuple[edm.Denoiser, str]:
-    """The teacher and the SHA-256 of its file. Refusal where it is not to be had, or is another
-    network."""
+    """The teacher and the SHA-256 of its file; the digits' takes the process to one thread. Refusal
+    where it is not to be had, or is another network."""
+    if config.images == "digits":
+        # Two threads are 1.7 times faster on an idle machine, and 10 times slower on a busy one,
+        # where they wait for each other; and the bits shall not depend on the machine's cores.
+        torch.set_num_threads(1)
     file = Path(config.teacher).expanduser()
     if not config.teacher:
         file = digits_teacher(config) if config.images == "digits" else download.fetch(

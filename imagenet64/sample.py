@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
         command.refuse("--seed must be at least 0, and --seed + --images below 2**63")
     ranks.join_ranks()
     with ranks.first_rank_first():
-        sample, _, _ = source(args, args.classes)
+        sample, _ = source(args, args.classes)
     batches = sample(range(args.seed, args.seed + args.images))
     made = list(tqdm(batches, total=-(-args.images // args.batch), unit="batch",
                      disable=ranks.rank() > 0))
@@ -80,9 +80,8 @@ def default_name(args: argparse.Namespace, name: str = "samples") -> Path:
     return Path(args.source) / (name if args.node is None else f"{name}-node-{args.node:02d}")
 
 
-def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
-        Images, problem.Config, dict]:
-    """(images of seeds, the config, what identifies them) of the source that the flags name.
+def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[Images, dict]:
+    """(images of seeds, what identifies them) of the source that the flags name.
 
     Refuses a run of another problem or preset, a node that is not on its path, weights of another
     network, and classes that there are not.
@@ -102,12 +101,12 @@ def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
     else:
         net = edm.Denoiser(**problem.NETWORKS[config.images])
         file = Path(args.source) / "student.safetensors"
-        if one_step and not file.is_file():
-            raise disback.Refusal(f"{file} is not there yet: finish the run by backtrack.py "
-                                  "--resume")
         if one_step:
+            if not file.is_file():
+                raise disback.Refusal(f"{file} is not there yet: finish the run by backtrack.py "
+                                      "--resume")
             records.note_older(Path(args.source))
-        if not one_step:
+        else:
             path = folder.read_path(Path(args.source) / "path", {})
             if not 0 <= args.node < len(path):
                 command.refuse(f"--node must be from 0 to {len(path) - 1}, not {args.node}")
@@ -127,7 +126,7 @@ def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
                   else edm.heun(net, z, cond, steps))
             yield edm.to_uint8(x0).cpu(), of
 
-    return images, config, {"weights_sha256": sha256, "steps": steps}
+    return images, {"weights_sha256": sha256, "steps": steps}
 
 
 def config_of(args: argparse.Namespace) -> problem.Config:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from disback import Refusal
-from runtime import files
+from runtime import files, ranks
 from runtime.errors import must
 from runtime.interface import Config
 
@@ -111,7 +111,7 @@ def note_older(run: Path) -> None:
     with contextlib.suppress(Refusal, KeyError, TypeError):  # it may be no run's folder
         made = files.load_json(run / "metrics.json", "")["steps"]
         asked = files.load_json(run / "config.json", "")["backtrack"]["backtrack_steps"]
-        if made < asked:
+        if made < asked and ranks.rank() == 0:
             print(f"note: the student in {run} is of iteration {made}, the run goes on to {asked}: "
                   "backtrack.py --resume ends it", file=sys.stderr)
 
@@ -125,6 +125,8 @@ def must_be_recorded(folder: Path, resumed: bool) -> None:
         return
     if (folder / "path" / "path.json").exists():
         raise Refusal(f"{folder} is a run: name {folder / 'path'} by --path")
+    if (folder / "config.json").exists():
+        raise Refusal(f"{folder} is a run without a path: name another --path")
     if (folder / "state.pt").exists():
         raise Refusal(f"{folder} is not recorded to its end: degrade.py --resume goes on with it")
     if resumed:

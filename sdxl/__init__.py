@@ -12,7 +12,7 @@ OLDEST_PEFT = "0.18"
 
 
 def tell(kind: type, error: BaseException, *rest: Any) -> None:
-    """Of an interrupt while the libraries load, which takes seconds, or of one that does not."""
+    """Say in a line that an interrupt came while the libraries load, or that one does not load."""
     if issubclass(kind, KeyboardInterrupt | ImportError):
         print("\nerror:", str(error) or "interrupted", file=sys.stderr)
     else:

@@ -12,7 +12,7 @@ from conftest import ROOT, refusal
 from safetensors.torch import load_file, save_file
 
 import disback
-from imagenet64 import digits, features, fid, problem, sample
+from imagenet64 import digits, features, fid, problem, sample, study
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 REFERENCE = np.load(ROOT / "tests" / "data" / "fid_reference.npz")
@@ -309,7 +309,7 @@ def test_the_command_gives_each_block_of_a_run_its_own_seeds_also_where_it_was_i
 
     monkeypatch.setattr(sample, "config_of", lambda args: problem.TINY)
     monkeypatch.setattr(sample, "source", lambda args: (
-        images, problem.TINY, {"weights_sha256": "a"}))
+        images, {"weights_sha256": "a"}))
     argv = [tmp_path, "--images", 20, "--blocks", 2]
     whole = run(capsys, *argv)
     assert seen == [*range(40)] and len(set(whole["distances"])) == 2
@@ -331,7 +331,7 @@ def test_a_cut_off_measurement_is_not_gone_on_with_once_its_parts_have_changed(
     monkeypatch.setattr(sample, "config_of", lambda args: problem.TINY)
     monkeypatch.setattr(sample, "source", lambda args: (
         lambda seeds: ((IMAGES[:6, :, :1, :1].repeat(1, 1, 8, 8), None) for _ in seeds),
-        problem.TINY, {"weights_sha256": "a"} | changed))
+        {"weights_sha256": "a"} | changed))
     cut_at(2, every=5)
     with pytest.raises(KeyboardInterrupt):
         run(capsys, tmp_path, "--images", 20)
@@ -359,7 +359,7 @@ def test_a_damaged_partial_file_is_refused_by_name(tmp_path, broken):
 def test_what_is_no_result_is_not_replaced_by_one_and_is_told_before_it_is_measured(
         monkeypatch, tmp_path, write):
     monkeypatch.setattr(sample, "config_of", lambda args: problem.TINY)
-    monkeypatch.setattr(sample, "source", lambda args: (None, problem.TINY, {}))
+    monkeypatch.setattr(sample, "source", lambda args: (None, {}))
     monkeypatch.setattr(fid, "measure", lambda *_: pytest.fail("measured"))
     write(tmp_path / "fid-12x1.json")
     said = refusal(fid.main, [str(tmp_path), "--images", "12", "--blocks", "1"])
@@ -376,6 +376,24 @@ def test_a_mistake_is_told_before_a_teacher_is_trained_or_fetched(monkeypatch, m
     assert cause in refusal(main, ["teacher", *argv])
 
 
+@pytest.mark.parametrize("main", [lambda: sample.main(["teacher"]), lambda: fid.main(["teacher"]),
+                                  study.prepare, lambda: problem.make(problem.TINY)])
+def test_whoever_trains_the_teacher_does_so_in_one_thread(monkeypatch, tmp_path, main):
+    """Its bits, which the cache keeps for all, do not depend on the machine's cores."""
+    def train(*_):
+        raise RuntimeError(torch.get_num_threads())
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DISBACK_CACHE", str(tmp_path))
+    monkeypatch.setattr(problem, "digits_teacher", train)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="1"):
+            main()
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("main", [sample.main, fid.main])
 def test_a_run_of_stage_1_alone_has_nodes(tmp_path, main):
     (tmp_path / "config.json").write_text('{"degrade": {"problem": "imagenet64"}}')
@@ -385,7 +403,7 @@ def test_a_run_of_stage_1_alone_has_nodes(tmp_path, main):
 def test_a_run_is_measured_on_three_blocks_of_fifty_thousand_unless_told(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(sample, "config_of", lambda args: problem.TINY)
-    monkeypatch.setattr(sample, "source", lambda args: (None, problem.TINY, {}))
+    monkeypatch.setattr(sample, "source", lambda args: (None, {}))
     monkeypatch.setattr(fid, "measure", lambda batches, extract, reference, images, blocks, *rest: (
         asked.append((images, blocks)) or (_ for _ in ()).throw(KeyboardInterrupt)))
     with pytest.raises(KeyboardInterrupt):

@@ -227,6 +227,9 @@ def test_a_path_that_is_not_there_is_told_in_the_words_that_help(
     assert "is a file: name its folder" in refused(
         backtrack.main, [*new, "--path", out / "path" / "path.json"])
     assert "record the path with degrade.py" in refused(backtrack.main, new)
+    (out / "path").rename(tmp_path / "elsewhere")
+    (out / "state.pt").touch()  # of plain VSD, say
+    assert f"{out} is a run without a path" in refused(backtrack.main, [*new, "--path", out])
     (tmp_path / "new" / "path").mkdir(parents=True)
     (tmp_path / "new" / "path" / "state.pt").touch()
     assert "degrade.py --resume goes on with it" in refused(backtrack.main, new)

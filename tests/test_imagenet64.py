@@ -218,6 +218,18 @@ def test_an_image_depends_on_its_seed_alone(run, tmp_path, capsys):
     assert len(np.unique(whole, axis=0)) == 7
 
 
+def test_the_images_of_a_student_of_before_its_run_was_prolonged_are_told_to_be_so(
+        run, tmp_path, capsys):
+    out = shutil.copytree(run, tmp_path / "run")
+    sample.main([str(out), "--images", "1"])
+    assert "note:" not in capsys.readouterr().err
+    config = read(out / "config.json")
+    config["backtrack"]["backtrack_steps"] = 9
+    files.save_json(out / "config.json", config)
+    sample.main([str(out), "--images", "1"])
+    assert "is of iteration 4, the run goes on to 9" in capsys.readouterr().err
+
+
 def test_a_runs_images_are_its_students_in_one_step_of_classes_in_turn(
         run, net, tmp_path, capsys):
     """The classes start with the first image, whatever the batch."""
