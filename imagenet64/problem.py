@@ -100,7 +100,6 @@ def assemble(config: Config, seed: int, device: torch.device | str, teacher: edm
         # DMD2 spares the student the ends of its grid of 1,000 levels, which teach it little.
         sample_sigma_vsd=lambda n: sample_sigma(config.sigma_vsd, n, 0.02, 0.98, device),
         score_weight=edm.score_weight,
-        disk=sum(w.nbytes for w in teacher.state_dict().values()) * (7 + 2 * config.nodes),
         evaluate=evaluate or (lambda student: {}), snapshot=lambda: (kept_z, kept_cond),
         draw=lambda out, path, compare: figures.draw(
             out, path, compare, teacher, lambda net: edm.heun(net, kept_z, kept_cond),

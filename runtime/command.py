@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from disback import Refusal
@@ -131,11 +132,17 @@ def count(text: str) -> int:
     return int(text)
 
 
-def check_compiler() -> None:
-    """Refuse --compile where the compiler of what torch generates is missing."""
-    named = os.environ.get("CXX"), os.environ.get("CC")
-    if not any(name and shutil.which(name) for name in (*named, "c++", "g++", "clang++", "gcc")):
-        refuse("--compile needs a C++ compiler and finds none: install g++, or use --no-compile")
+def check_compiler(on_gpu: bool) -> None:
+    """Refuse --compile where the compiler of what torch generates is missing: Triton's of C on a
+    GPU, Inductor's of C++ on a CPU."""
+    if on_gpu:
+        found, kind, usual = [os.environ.get("CC") or "gcc", "clang"], "C", "gcc"
+    else:
+        usual = "clang++" if sys.platform == "darwin" else "g++"
+        found, kind = [os.environ.get("CXX", usual)], "C++"
+    if not any(shutil.which(name) for name in found):
+        refuse(f"--compile needs a {kind} compiler and finds no {found[0] or usual}: install "
+               f"{usual}, or use --no-compile")
 
 
 def check_common(args: argparse.Namespace) -> None:
@@ -147,4 +154,4 @@ def check_common(args: argparse.Namespace) -> None:
     if args.shard and not os.environ.get("RANK"):
         refuse("--shard spreads over ranks: torchrun --nproc_per_node=N starts them")
     if args.compile:
-        check_compiler()
+        check_compiler(torch.cuda.is_available())

@@ -157,7 +157,8 @@ def claim(args: Any, problem: Problem, stage: str, settings: dict, need: int) ->
     if ranks.rank() > 0:
         return ranks.barrier()
     if shutil.disk_usage(args.out).free < need:
-        raise Refusal(f"{args.out} has less than {need / 1e9:.2g} GB free: name another --out")
+        raise Refusal(f"{args.out} has less than {need / 1e9:.2g} GB free: make room, or "
+                      "name another --out")
     for file in own(args) if not args.resume else ():
         file.unlink()
         with contextlib.suppress(OSError):  # other files are in that folder

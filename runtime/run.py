@@ -18,6 +18,8 @@ from runtime.interface import Problem
 from runtime.records import cut_log
 from runtime.signals import asked_to_stop, heeding_signals
 
+LOG = 10**7  # bytes for a log, snapshots and figures; the toy's are 5 MB
+
 
 class Run:
     """A checkpoint holds `nets`, the `optimizers` of the networks of the same names, and `others`,
@@ -40,12 +42,16 @@ class Run:
             self.claim()
 
     def room(self, problem: Problem) -> int:
-        """Bytes that must be free: for the path; or for two checkpoints, as one is written beside
-        the other. Adam has two numbers for each that it learns."""
+        """Bytes that must be free: for node 0, 2N candidates and two checkpoints of stage 1; or for
+        two of stage 2, as one is written beside the other. Adam has two numbers for each that it
+        learns."""
+        if self.stage == "degrade":
+            whole = sum(weight.nbytes for weight in problem.teacher.state_dict().values())
+            return LOG + (problem.disk or whole * (7 + 2 * self.config.nodes))
         count = sum(p.numel() for net in self.nets.values() for p in net.parameters())
         learnt = sum(p.numel() for name in self.optimizers for p in self.nets[name].parameters()
                      if p.requires_grad)
-        return problem.disk if self.stage == "degrade" else 4 * 2 * (count + 2 * learnt)
+        return LOG + 4 * 2 * (count + 2 * learnt)
 
     @property
     def seconds(self) -> float:

@@ -1,9 +1,11 @@
 """A run's folder: whose files go, who may use it at a time, and what is refused before any work."""
 
 import os
+import re
 import shutil
 import signal
 import stat
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -288,6 +290,26 @@ def test_compiling_without_a_compiler_is_refused_at_once(refused, monkeypatch, n
     assert "compiler" in line and "--no-compile" in line
 
 
+@pytest.mark.parametrize("on_gpu, there, named, missing", [
+    (False, "gcc", {}, "+"), (False, "cc", {"CC": "cc"}, "+"), (False, "g++", {"CXX": "no"}, "no"),
+    (True, "g++", {}, "gcc"), (False, "my", {"CXX": "my"}, ""), (True, "gcc", {}, ""),
+    (True, "clang", {}, ""), (True, "my", {"CC": "my"}, "")])
+def test_the_compiler_that_is_looked_for_is_the_one_that_torch_will_call(
+        tmp_path, monkeypatch, on_gpu, there, named, missing):
+    (tmp_path / there).write_text("")
+    (tmp_path / there).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, program in named.items():
+        monkeypatch.setenv(name, program)
+    if missing:
+        with pytest.raises(disback.Refusal, match=f"finds no .*{re.escape(missing)}: install"):
+            command.check_compiler(on_gpu)
+    else:
+        command.check_compiler(on_gpu)
+
+
 @pytest.mark.parametrize("where, said", [
     (files.lost("the teacher is lost"), "interrupted: the teacher is lost"),
     (files.blame("state.pt is broken"), "interrupted")])
@@ -300,6 +322,27 @@ def test_sigterm_outside_the_loops_ends_in_a_line_and_lets_go_of_the_folder(
 
     assert refused(main, [], 130) == "error: " + said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["degrade", "backtrack"])
+def test_a_disk_without_room_for_a_stage_is_refused_before_its_first_step(
+        refused, completed, tmp_path, no_figures, monkeypatch, stage):
+    """Weights of W bytes: node 0 and 2N candidates, then weights and two moments twice; or student
+    and fake, with two moments each, and the average, twice."""
+    whole, student = (  # what is learnt of them, in fp32
+        sum(w.numel() * 4 for name, w in load_file(completed / file).items() if "net" in name)
+        for file in ("path/00.safetensors", "student.safetensors"))
+    nodes = len(list((completed / "path").glob("*.safetensors"))) - 1
+    main, argv = degrade.main, ["toy2d", "--out", tmp_path / "run", *DEGRADE]
+    need = 10**7 + whole * (1 + 2 * nodes + 6)
+    if stage == "backtrack":
+        main, need = backtrack.main, 10**7 + 2 * (3 * whole + 4 * student)
+        argv = ["toy2d", "--out", tmp_path / "run", *BACKTRACK, "--path", completed / "path"]
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda place: SimpleNamespace(free=need - 1))
+    assert "GB free: make room, or name another --out" in refused(main, argv)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda place: SimpleNamespace(free=need))
+    main([str(word) for word in argv])
 
 
 def test_a_full_disk_is_named_whatever_the_writer_says(monkeypatch, tmp_path):

@@ -357,7 +357,7 @@ def test_after_a_switch_the_targets_weights_are_the_nodes(run, tiny):
 def test_a_disk_without_room_for_the_path_is_refused_before_anything_is_written(
         tmp_path, monkeypatch):
     # Node 0; 2N differences of 2 bytes; a checkpoint, weights and two moments, and the next.
-    free = 261_684 * 4 + 2 * 1 * 261_684 * 2 + 2 * 3 * 261_684 * 4 - 10_000
+    free = 10**7 + 261_684 * 4 + 2 * 1 * 261_684 * 2 + 2 * 3 * 261_684 * 4 - 10_000
     asked, run = [], tmp_path / "run"  # which may be a mount point of its own
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda place: (
         asked.append(place) or SimpleNamespace(free=free)))
