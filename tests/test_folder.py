@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import backtrack
 import degrade
 import disback
-from runtime import command, files, folder, run
+from runtime import command, files, folder
 
 
 def everything(out):
@@ -358,11 +358,3 @@ def test_a_full_disk_is_named_whatever_the_writer_says(monkeypatch, tmp_path):
             files.atomically, tmp_path / "a.pt", fail)
     assert "unexpected pos" in refusal(files.atomically, tmp_path / "a.pt", fail)
     assert not list(tmp_path.iterdir())
-
-
-def test_stage_2_asks_for_the_room_of_two_checkpoints(monkeypatch, tmp_path):
-    """Weights and two moments of Adam, of 4 bytes: a net of 6 numbers, one of 2 that learns not."""
-    nets = {"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(1, 1)}
-    made = run.Run.__new__(run.Run)
-    made.stage, made.nets, made.optimizers = "backtrack", nets, {"a": None}
-    assert made.room(None) == 2 * 4 * (6 + 2 + 2 * 6)
