@@ -156,7 +156,8 @@ def test_an_argument_that_is_not_utf_8_is_refused(refused):
 
 
 @pytest.mark.parametrize("broken", [b"", b"cut", {"x0": torch.zeros(2, 2)}, {
-    "x0": torch.full((2, 2), torch.nan), "node": torch.tensor(0)}])
+    "x0": torch.full((2, 2), torch.nan), "node": torch.tensor(0)}, {
+    "x0": torch.zeros(2, 2), "node": torch.tensor(-2)}])
 def test_a_broken_snapshot_is_named_when_the_figures_are_drawn(tmp_path, broken):
     from runtime import plots
 
