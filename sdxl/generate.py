@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline
 from diffusers.utils import make_image_grid
-from huggingface_hub import ModelCardData, hf_hub_download
+from huggingface_hub import ModelCardData, snapshot_download
 from PIL import Image
 
 import disback
@@ -20,6 +20,7 @@ from sdxl import layout, model, text
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 WEIGHTS = "SDXL_DisBack.bin"  # the name of the published weights, and of the student's
 ABOUT = "disback.json"
+PARTS = (WEIGHTS, "student.safetensors", "student", "unet", "diffusion_pytorch_model.safetensors")
 CARD = Path(__file__).with_name("card.md")
 
 
@@ -39,9 +40,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if any(not 0 <= seed < 2**63 for seed in args.seeds):
         command.refuse("--seeds must be from 0 to 2**63 - 1")
-    run, parts = Path(args.student), (WEIGHTS, "student.safetensors", "student")
-    while run.name in parts and not (run / "student").is_dir():
-        run = run.parent  # a part of a run was named
+    run = whole(args.student)
     of_run = (run / "student").is_dir()
     out = args.out or (run if of_run else Path("runs")) / "images"
     if args.out or of_run:  # else there may be no student
@@ -80,9 +79,10 @@ def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeli
     folder = layout.find(base, files.cached(""), "--base")
     model.must_be_sdxl(folder, "--base")
     model.load_sigmas(folder, "--base")  # to refuse what no student is distilled from
-    config = files.load_json(folder / "unet/config.json", "fetch it again")
+    config = files.load_json(folder / "unet/config.json", layout.again(folder))
     unet = model.load_unet(config, weights, file)
-    with files.blame(f"{folder} is no SDXL pipeline: fetch it again, or name another by --base"):
+    with files.blame(f"{folder} is no SDXL pipeline: {layout.again(folder)}, or name "
+                     "another by --base"):
         pipe = StableDiffusionXLPipeline.from_pretrained(
             folder, unet=unet, vae=model.load_part(AutoencoderKL, folder, "vae"),
             **text.encoders(folder))
@@ -98,10 +98,12 @@ def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeli
 def find(student: str) -> tuple[Path, dict]:
     """The file of a student's weights, and about it; Refusal where there is none."""
     place, about = Path(student).expanduser(), {"base": BASE, "timestep": 399}
-    if place.name in (WEIGHTS, "student.safetensors"):  # a run's own, which knows its base
-        for folder in (place.parent / "student", place.parent):
-            place = folder if (folder / ABOUT).is_file() else place
-    for folder in (place / "student", place):
+    if not place.exists() and layout.on_hub(student):
+        with files.blame(f"{student} is no folder or file here and the hub gave no {WEIGHTS}: "
+                         "where there is a network, fetch that file and name it by --student"):
+            place = Path(snapshot_download(student, allow_patterns=[WEIGHTS, ABOUT])) / WEIGHTS
+            must(place.is_file(), "it has no such file")
+    for folder in (whole(place) / "student", whole(place)):
         if (folder / ABOUT).is_file():
             records.note_older(folder.parent)
             return folder / WEIGHTS, about | read_about(folder / ABOUT)
@@ -110,12 +112,16 @@ def find(student: str) -> tuple[Path, dict]:
     if place.is_dir():
         raise disback.Refusal(f"{place} holds no student: name the folder of a run of sdxl whose "
                               "backtrack.py has ended")
-    if not layout.on_hub(student):
-        raise disback.Refusal(f"{student} is not here: run degrade.py sdxl and backtrack.py sdxl, "
-                              "or name another run or file by --student")
-    with files.blame(f"{student} is no folder or file here and the hub gave no {WEIGHTS}: where "
-                       "there is a network, fetch that file and name it by --student"):
-        return Path(hf_hub_download(student, WEIGHTS)), about
+    raise disback.Refusal(f"{student} is not here: run degrade.py sdxl and backtrack.py sdxl, or "
+                          "name another run or file by --student")
+
+
+def whole(student: str | Path) -> Path:
+    """The run's folder, or the one from the hub, of which `student` may be a part."""
+    folder = Path(student).expanduser()
+    while folder.name in PARTS and not (folder / "student").is_dir():
+        folder = folder.parent
+    return folder
 
 
 def read_about(file: Path) -> dict:
@@ -161,7 +167,7 @@ def export(out: Path, folder: Path, rank: int, **about) -> None:
     has it and as a plain state dict, the scheduler, a model card, and `about`: the timestep, the
     size, and the base's name on the hub, None where it has none. Adapters of a `rank` above 0 are
     added to the weights of the base in `folder`."""
-    config = files.load_json(folder / "unet" / "config.json", "fetch it again")
+    config = files.load_json(folder / "unet" / "config.json", layout.again(folder))
     file = out / "student.safetensors"
     unet = (model.merged(folder, file, rank) if rank
             else model.load_unet(config, model.read_unet(file), file))

@@ -64,6 +64,17 @@ def on_hub(name: str) -> bool:
             and Path(rest).suffix not in (".safetensors", ".ckpt", ".bin", ".pt"))
 
 
+def again(place: Path) -> str:
+    """What helps against a broken file or folder of a pipeline: who made it decides. The hub's
+    library fetches nothing again that its cache has."""
+    for folder in (place, *place.parents):
+        if re.fullmatch(tiny.NAME + "[0-9a-f]{16}", folder.name):
+            return f"remove {folder}, and it is made again"
+        if folder.name.startswith("models--"):
+            return f"remove {folder}, and it is fetched again"
+    return "fetch it again"
+
+
 def find(model: str, cache: Path, flag: str = "--model") -> Path:
     """The folder of `model`: the tiny pipeline's where it is empty, itself where it is a folder,
     and what the hub has under that name, fetched on first use, where it is not. Refuses, naming the
@@ -90,11 +101,13 @@ def find(model: str, cache: Path, flag: str = "--model") -> Path:
                   for file in sorted(folder.glob(kind)) if file not in read(folder)]
         kept = (f"; {others[0]} is to be saved again as safetensors by diffusers, whose only "
                 "variant that is read is fp16") if others else ""
+        if not Path(model).expanduser().is_dir():  # of the hub
+            takes = f"the hub's {model} has no such file, or was fetched in part; {takes}"
         raise disback.Refusal(f"{folder} lacks {', '.join(lacking)}{kept}: "
-                              + files.remedy(folder, takes))
+                              + (takes if model else again(folder)))
     for part in PARTS:
         for file in weights(folder, part)[0]:
-            with files.blame(f"{file} is broken: {files.remedy(folder, 'fetch it again')}"):
+            with files.blame(f"{file} is broken: {again(file)}"):
                 safe_open(file, "pt")
     vae_scale(folder)
     return folder
@@ -103,8 +116,8 @@ def find(model: str, cache: Path, flag: str = "--model") -> Path:
 def vae_scale(folder: Path) -> int:
     """Pixels, across, of an image for each of its latents."""
     file = folder / "vae" / "config.json"
-    with files.blame(f"{file} is no VAE's: fetch it again"):
-        config = files.load_json(file, "fetch it again")
+    with files.blame(f"{file} is no VAE's: {again(file)}"):
+        config = files.load_json(file, again(file))
         factor = config.get("scaling_factor", 1)  # without one diffusers has its own
         must(type(factor) in (int, float) and 1e-6 < factor < 1e6, f"scaling_factor {factor!r}")
         return 2 ** (len(config["block_out_channels"]) - 1)

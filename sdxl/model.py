@@ -99,7 +99,8 @@ def must_be_sdxl(folder: Path, flag: str = "--model") -> None:
         if config.get(name, of_sdxl) != of_sdxl:
             raise disback.Refusal(f"{folder} has a UNet with {name} {config[name]}, not {of_sdxl}: "
                                   f"name an SDXL base model by {flag}")
-    pooled = files.load_json(folder / "text_encoder_2" / "config.json", "fetch it again")
+    pooled = files.load_json(folder / "text_encoder_2" / "config.json",
+                             layout.again(folder))
     with files.blame(f"{folder / 'unet' / 'config.json'} does not fit its text_encoder_2"):
         must(config["projection_class_embeddings_input_dim"] ==
              6 * config["addition_time_embed_dim"] + pooled["projection_dim"],
@@ -112,7 +113,7 @@ def load_part(kind: type, folder: Path, part: str) -> nn.Module:
     missing, unknown, of another shape, no float or not finite."""
     found, variant = layout.weights(folder, part)
     with files.blame(f"{found[0] if len(found) == 1 else folder / part} does not hold this "
-                     f"{kind.__name__}: {files.remedy(folder, 'fetch it again')}"):
+                     f"{kind.__name__}: {layout.again(folder)}"):
         for file in found:
             held = safe_open(file, "pt")
             types = {name: held.get_slice(name).get_dtype() for name in held.keys()}  # noqa: SIM118

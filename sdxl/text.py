@@ -56,7 +56,8 @@ def embed(folder: Path, prompts: list[str], cache: Path,
 @torch.no_grad()
 def encode(folder: Path, prompts: list[str], device: torch.device | str) -> dict[str, Tensor]:
     """Both text encoders on all prompts; says how many are longer than they read."""
-    with files.blame(f"text encoders or tokenizers in {folder} are broken: fetch them again"):
+    with files.blame(f"text encoders or tokenizers in {folder} are broken: "
+                     f"{layout.again(folder)}"):
         pipe = StableDiffusionXLPipeline.from_pretrained(
             folder, unet=None, vae=None, **encoders(folder)).to(device)
         must_read_77(pipe)
@@ -67,7 +68,7 @@ def encode(folder: Path, prompts: list[str], device: torch.device | str) -> dict
             "pooled": torch.cat([part[2] for part in parts]).cpu()}
     if not all(tensor.isfinite().all() for tensor in bank.values()):
         raise disback.Refusal(f"the text encoders in {folder} answer with what is not finite: "
-                              "fetch them again")
+                              f"{layout.again(folder)}")
     return bank
 
 

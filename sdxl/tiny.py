@@ -22,12 +22,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from runtime import files
 from sdxl import quiet  # noqa: F401  (every part of sdxl imports this one)
 
+NAME = "sdxl-tiny-"  # of the folder, before its hash
+
 
 def folder(cache: Path) -> Path:
     """The folder of the pipeline's files in `cache`, made where it is not there yet."""
     source = "".join(map(inspect.getsource, (pipeline, unet, text_encoder, tokenizer)))
     name = hashlib.sha256((source + diffusers.__version__ + torch.__version__).encode()).hexdigest()
-    made = cache / f"sdxl-tiny-{name[:16]}"
+    made = cache / f"{NAME}{name[:16]}"
     if not made.exists():
         files.must_take_files(cache, "cache by DISBACK_CACHE")
         cache.mkdir(parents=True, exist_ok=True)

@@ -153,7 +153,7 @@ def test_the_hub_is_never_asked_for_what_is_meant_as_a_place_here(tmp_path, monk
         raise AssertionError("the hub was asked")
 
     monkeypatch.setattr(layout, "snapshot_download", asked)
-    monkeypatch.setattr(generate, "hf_hub_download", asked)
+    monkeypatch.setattr(generate, "snapshot_download", asked)
     line = refusal(layout.find, what, tmp_path, "--base") if what else ""
     assert not what or "--base" in line
     if what == "file":

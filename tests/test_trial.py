@@ -18,6 +18,7 @@ import pytest
 import torch
 import tqdm
 from conftest import BACKTRACK, DEGRADE, edit, read, refusal
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
 import backtrack
@@ -367,13 +368,58 @@ def test_a_picture_that_was_not_made_here_is_not_replaced(tmp_path):
             pictures.must_be_ours(tmp_path / name, "--out")
 
 
-@pytest.mark.parametrize("name", ["student.safetensors", "student/SDXL_DisBack.bin", "student"])
+@pytest.mark.parametrize("name", [
+    "student.safetensors", "student/SDXL_DisBack.bin", "student", "student/unet",
+    "student/unet/diffusion_pytorch_model.safetensors"])
 def test_a_runs_own_file_stands_for_the_run_whose_base_it_knows(tmp_path, name):
     about = {"base": "", "timestep": 7, "size": 32}
     files.save_json(tmp_path / "student" / "disback.json", about)
     for file in ("student.safetensors", "student/SDXL_DisBack.bin"):
         (tmp_path / file).touch()
     assert generate.find(str(tmp_path / name)) == (tmp_path / "student/SDXL_DisBack.bin", about)
+
+
+@pytest.mark.parametrize("about", [{"base": "a/b", "timestep": 7, "size": 48}, {}])
+def test_a_student_from_the_hub_says_what_it_is_as_one_here_does(tmp_path, monkeypatch, about):
+    """Of the weights that were published without a word, the timestep is DMD2's."""
+    def snapshot(name, allow_patterns):
+        assert name == "owner/student"
+        for file in filter_repo_objects(("README.md", "SDXL_DisBack.bin", "disback.json"),
+                                        allow_patterns=allow_patterns):
+            if about or not file.endswith("json"):
+                files.save_json(tmp_path / "snapshots" / "1a" / file, about)
+        return tmp_path / "snapshots" / "1a"
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generate, "snapshot_download", snapshot)
+    file, found = generate.find("owner/student")
+    assert file == tmp_path / "snapshots" / "1a" / "SDXL_DisBack.bin" and file.is_file()
+    assert found == (about or {"base": generate.BASE, "timestep": 399})
+    assert not (file.parent / "README.md").exists()
+
+
+@pytest.mark.parametrize("place, remedy", [
+    ("sdxl-tiny-0123456789abcdef/vae/config.json",
+     "remove {}/sdxl-tiny-0123456789abcdef, and it is made again"),
+    ("hub/models--a--b/snapshots/1a/vae", "remove {}/hub/models--a--b, and it is fetched again"),
+    ("sdxl-tiny-mine/vae", "fetch it again"), ("", "fetch it again"), ("mine", "fetch it again")])
+def test_only_what_is_made_or_fetched_again_is_to_be_removed(
+        tmp_path, monkeypatch, place, remedy):
+    monkeypatch.setenv("DISBACK_CACHE", str(tmp_path))  # where a user may have models as well
+    assert layout.again(tmp_path / place) == remedy.format(tmp_path)
+
+
+def test_what_a_users_model_in_the_cache_lacks_is_no_reason_to_remove_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISBACK_CACHE", str(tmp_path))
+    shutil.copytree(tiny.folder(tmp_path), tmp_path / "mine")
+    (tmp_path / "mine" / "vae" / "config.json").unlink()
+    line = refusal(layout.find, str(tmp_path / "mine"), tmp_path)
+    assert "lacks vae/config.json: --model takes" in line and "remove" not in line
+    (tiny.folder(tmp_path) / "vae" / "config.json").unlink()
+    assert f"remove {tiny.folder(tmp_path)}, and it is made" in refusal(layout.find, "", tmp_path)
+    monkeypatch.setattr(layout, "snapshot_download", lambda *_, **__: tmp_path / "mine")
+    line = refusal(layout.find, "owner/model", tmp_path)
+    assert "the hub's owner/model has no such file, or was fetched in part" in line
 
 
 @pytest.mark.parametrize("steps, said", [(30, "iteration 20, the run goes on to 30"), (20, "")])

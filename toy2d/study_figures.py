@@ -296,5 +296,6 @@ def draw_map(lines: Lines, cells: list[str]) -> plt.Figure:
     axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
     axis.set_title("Runs that arrive, at all rates together. Cost: DisBack's evaluations\n"
                    "to SWD 0.3 (16D: 0.5) over VSD's, each at its best rate.\n"
-                   "Blue: DisBack arrives more often. Orange: VSD does. White: not run.", fontsize=10)
+                   "Blue: DisBack arrives more often. Orange: VSD does. White: not run.",
+                   fontsize=10)
     return figure
