@@ -143,7 +143,8 @@ def main(argv: list[str]) -> None:
                      about | extractor.about)
     files.save_json(kept, result)
     if ranks.rank() == 0:
-        under_way.unlink()  # only now, so that a full disk costs no measurement
+        # Only now, so that a full disk costs no measurement; another process may have been first.
+        under_way.unlink(missing_ok=True)
         print(json.dumps(result, indent=1))
 
 

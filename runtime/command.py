@@ -26,6 +26,12 @@ SECONDS_OF_FIRST_RANK = 5
 def run(main: Callable[[list[str]], None], memory: str = "") -> None:
     """Run a command. A Refusal, a failing disk, a failing compiler or too little memory, where
     `memory` helps, ends it in a line, status 2; an interrupt in a line, status 130."""
+    came = []
+
+    def interrupt(number: int, _: Any) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
     with contextlib.suppress(AttributeError):  # of what is no terminal, pipe or file
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the locale cannot write
     sys.stdout, sys.stderr = (Forgiving(stream or open(os.devnull, "w"))  # noqa: SIM115
@@ -37,12 +43,16 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
             raise Refusal(f"the locale is not UTF-8, as {ascii(words[0])} is: set PYTHONUTF8=1")
         if any("\udc80" <= letter <= "\udcff" for letter in "".join(sys.argv)):  # bytes, to Python
             raise Refusal(f"an argument is not UTF-8: {ascii(sys.argv[1:])}")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # an interrupt like Ctrl-C
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as in a script's background
+                signal.signal(number, interrupt)
         keep_memory()
         main(sys.argv[1:])
     except KeyboardInterrupt as interrupt:
         end(130, ": ".join(["interrupted", *map(str, interrupt.args)]))
     except Exception as error:
+        if came:  # a library's reader or writer that is cut off may blame its file
+            end(130, "interrupted")
         if errors.out_of_memory(error):
             end(2, str(error) or "out of memory", f"({memory})" if memory else "")
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -23,8 +24,6 @@ def blame(what: str) -> Iterator[None]:
     except Refusal:
         raise
     except Exception as error:  # a file that is broken can fail in any way
-        if isinstance(error.__context__, KeyboardInterrupt):  # a writer that was cut off
-            raise error.__context__ from None
         if out_of_memory(error):
             raise
         raise Refusal(in_words(error, what)) from error
@@ -39,6 +38,8 @@ def must(holds: bool, why: str) -> None:
 def in_words(error: Exception, what: str = "") -> str:
     """The cause, and what helps: the system's own where it says it, else that in `what`."""
     name, number = getattr(error, "filename", None) or what, getattr(error, "errno", None)
+    if told := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors tells it in words
+        number = int(told[1])
     if isinstance(error, FileNotFoundError) and not error.filename:  # safetensors: it cannot read
         name = str(error).partition(": ")[2]
         number = errno.EACCES if os.path.lexists(name) else number

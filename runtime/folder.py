@@ -44,12 +44,12 @@ def enter(stage: str, args: Any) -> None:
     known = {name: vars(args)[name] for name in ("problem", "preset", "seed")}
     known |= what_matters(args.config, stage)
     recorded = stage == "degrade" and (out / "path" / "path.json").exists()
-    refuse_taken(out, args)
+    refuse_taken(stage, args)
     if recorded and args.resume:
         path = read_path(out / "path", known)
         must_agree(out / "path", stages_of(out).get("degrade", {}), known, some=True)
     elif args.resume:
-        check_state(out, stage, known)
+        check_state(out, stage, known, own(args))
         records.check_left(out)
     if stage == "backtrack" and (args.target == "path" or args.fake_init == "degraded"):
         records.must_be_recorded(args.path or out / "path", args.resume)
@@ -113,9 +113,9 @@ def own(args: Any) -> list[Path]:
         file for file in numbered if file.stem.removeprefix("step-").isdigit())]
 
 
-def refuse_taken(out: Path, args: Any) -> None:
+def refuse_taken(stage: str, args: Any) -> None:
     """Refuse what no run made, and results, unless they shall be overwritten or gone on with."""
-    taken, stages = own(args), stages_of(out)
+    out, taken, stages = args.out, own(args), stages_of(args.out)
     for other in {about["problem"] for about in stages.values()} - {args.problem}:
         raise Refusal(f"{out} holds a run of {other}: name another --out")
     for file in taken:
@@ -124,7 +124,8 @@ def refuse_taken(out: Path, args: Any) -> None:
                           "another --out")
     if not taken or args.resume or args.overwrite and stages:
         return
-    begun = any((out / name).exists() for name in ("state.pt", "path/state.pt", "path/path.json"))
+    begun = any((out / name).exists() for name in (
+        ("path/state.pt", "path/path.json") if stage == "degrade" else ("state.pt",)))
     remedy = ("name another --out, " + begun * "go on with the run by --resume, "
               + "or replace it by --overwrite")
     if not stages:
@@ -153,10 +154,11 @@ def stages_of(out: Path) -> dict:
 
 def claim(args: Any, problem: Problem, stage: str, settings: dict, need: int) -> None:
     """Remove what a former run wrote, if that is asked for, and write config.json; `need` bytes
-    must be free."""
+    must be free, or held by what is removed or gone on with."""
     if ranks.rank() > 0:
         return ranks.barrier()
-    if shutil.disk_usage(args.out).free < need:
+    held = sum(file.lstat().st_size for file in own(args))
+    if shutil.disk_usage(args.out).free + held < need:
         raise Refusal(f"{args.out} has less than {need / 1e9:.2g} GB free: make room, or "
                       "name another --out")
     for file in own(args) if not args.resume else ():
@@ -179,14 +181,16 @@ def claim(args: Any, problem: Problem, stage: str, settings: dict, need: int) ->
     ranks.barrier()
 
 
-def check_state(out: Path, stage: str, known: dict) -> None:
-    """Refuse to go on where there is no checkpoint, or one of other flags."""
+def check_state(out: Path, stage: str, known: dict, taken: list[Path]) -> None:
+    """Refuse to go on where there is no checkpoint, or one of other flags; `taken` are a run's
+    files that are there."""
     file = (out / "path" if stage == "degrade" else out) / "state.pt"
     finished = is_finished(out)
     if not file.exists():
         raise Refusal(f"{file} is missing, which --resume needs: " + (
             f"the student is finished, {out}/student.safetensors; name another --out to train one "
-            "again" if finished else "start without it, or with --overwrite in its place"))
+            "again" if finished else "start with --overwrite in its place" if taken else
+            "start without it"))
     with files.blame(f"{file} is not a checkpoint of this run: " + (
             "name another --out" if finished else "start with --overwrite in place of --resume")):
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -216,7 +220,8 @@ def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
             raise Refusal(f"{what} was made with another {name[:-7]}, its files say: use the flags "
                           "of then, which its config.json tells, or another --out")
         called = name if name in ("problem", "path") else flag_of(name)
-        raise Refusal(f"{what} was made with {called} {then.get(name)}, not {value}: {why}")
+        raise Refusal(f"{what} was made with {called} {then.get(name)}, not "
+                      f"{'without' if value in ('', None) else value}: {why}")
 
 
 def read_path(folder: Path, known: dict, load_node: Any = None) -> DegradationPath:

@@ -1,6 +1,5 @@
 """A stage under way: its folder, its steps, its log, and its checkpoints, from which it resumes."""
 
-import functools
 import json
 import math
 import sys
@@ -37,14 +36,16 @@ class Run:
         self.step, self.since, self.began = 0, 0, time.perf_counter()
         self.sums: dict[str, Any] = {}
         self.progress = None
-        self.claim = functools.partial(claim, args, problem, stage, settings, self.room(problem))
+        self.claim = lambda: claim(args, problem, stage, settings, self.room(problem))
         if not args.resume:
             self.claim()
 
     def room(self, problem: Problem) -> int:
-        """Bytes that must be free: for node 0, 2N candidates and two checkpoints of stage 1; or for
-        two of stage 2, as one is written beside the other. Adam has two numbers for each that it
-        learns."""
+        """Bytes that the folder must have: for node 0, 2N candidates and two checkpoints of stage
+        1; or for two of stage 2, as one is written beside the other. Adam has two numbers for each
+        that it learns."""
+        if self.step == getattr(self.config, f"{self.stage}_steps"):
+            return LOG
         if self.stage == "degrade":
             whole = sum(weight.nbytes for weight in problem.teacher.state_dict().values())
             return LOG + (problem.disk or whole * (7 + 2 * self.config.nodes))

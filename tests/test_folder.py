@@ -260,16 +260,20 @@ def test_a_node_that_cannot_be_opened_is_told_with_the_remedy(stage1, refused):
     assert "02.safetensors" in line and "name another --path" in line
 
 
-@pytest.mark.parametrize("made, state, main", [
-    ("stage1", "path/state.pt", degrade.main), ("finished", "state.pt", backtrack.main)])
+@pytest.mark.parametrize("made, gone, main", [
+    ("stage1", ("path/state.pt", "path/path.json"), degrade.main),
+    ("finished", ("state.pt", "student.safetensors", "metrics.json"), backtrack.main)])
 def test_a_run_that_died_before_its_first_checkpoint_is_told_one_way_on(
-        request, refused, no_training, made, state, main):
+        request, refused, no_training, made, gone, main):
     out, argv = request.getfixturevalue(made)
-    for name in (state, "path/path.json", "student.safetensors", "metrics.json"):
+    for name in gone:
         (out / name).unlink(missing_ok=True)
-    assert "start without it, or with --overwrite" in refused(main, [*argv, "--resume"])
+    assert "start with --overwrite in its place" in refused(main, [*argv, "--resume"])
     line = refused(main, argv)
     assert "replace it by --overwrite" in line and "--resume" not in line
+    with pytest.raises(pytest.fail.Exception):  # it does go on to train
+        main([*argv, "--overwrite"])
+    assert "start without it" in refused(main, [*argv, "--out", out / "new", "--resume"])
 
 
 def test_help_names_every_field_with_its_comment_and_the_values_of_the_preset(capsys):
@@ -324,25 +328,45 @@ def test_sigterm_outside_the_loops_ends_in_a_line_and_lets_go_of_the_folder(
     assert not list(tmp_path.iterdir())
 
 
+def learnt(file):
+    """Bytes of what is learnt of a file's weights, in fp32."""
+    return sum(w.numel() * 4 for name, w in load_file(file).items() if "net" in name)
+
+
+def room_of_stage_2(run):
+    """Student and fake, with two moments each, and the average, all of it twice."""
+    return 2 * (3 * learnt(run / "path/00.safetensors") + 4 * learnt(run / "student.safetensors"))
+
+
 @pytest.mark.parametrize("stage", ["degrade", "backtrack"])
 def test_a_disk_without_room_for_a_stage_is_refused_before_its_first_step(
         refused, completed, tmp_path, no_figures, monkeypatch, stage):
-    """Weights of W bytes: node 0 and 2N candidates, then weights and two moments twice; or student
-    and fake, with two moments each, and the average, twice."""
-    whole, student = (  # what is learnt of them, in fp32
-        sum(w.numel() * 4 for name, w in load_file(completed / file).items() if "net" in name)
-        for file in ("path/00.safetensors", "student.safetensors"))
+    """Of weights: node 0 and 2N candidates, and with two moments twice; 10 MB for all else."""
     nodes = len(list((completed / "path").glob("*.safetensors"))) - 1
     main, argv = degrade.main, ["toy2d", "--out", tmp_path / "run", *DEGRADE]
-    need = 10**7 + whole * (1 + 2 * nodes + 6)
+    need = 10**7 + learnt(completed / "path/00.safetensors") * (1 + 2 * nodes + 6)
     if stage == "backtrack":
-        main, need = backtrack.main, 10**7 + 2 * (3 * whole + 4 * student)
+        main, need = backtrack.main, 10**7 + room_of_stage_2(completed)
         argv = ["toy2d", "--out", tmp_path / "run", *BACKTRACK, "--path", completed / "path"]
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda place: SimpleNamespace(free=need - 1))
     assert "GB free: make room, or name another --out" in refused(main, argv)
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda place: SimpleNamespace(free=need))
     main([str(word) for word in argv])
+
+
+def test_what_a_run_holds_already_needs_no_room_again(refused, finished, monkeypatch):
+    out, argv = finished
+    held = sum(file.stat().st_size for file in out.rglob("*") if file.parent.name != "path"
+               and file.is_file() and file.name not in ("config.json", ".disback.lock"))
+    free = 10**7 - held
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+    backtrack.main([*argv, "--resume"])  # only draws
+    free += room_of_stage_2(out) - 1
+    assert "GB free" in refused(backtrack.main, [*argv, "--overwrite"])
+    assert (out / "state.pt").exists()
+    free += 1
+    backtrack.main([*argv, "--overwrite"])
 
 
 def test_a_full_disk_is_named_whatever_the_writer_says(monkeypatch, tmp_path):

@@ -9,6 +9,7 @@ import os
 import pathlib
 import runpy
 import shutil
+import signal
 import stat
 import sys
 from types import SimpleNamespace
@@ -316,24 +317,34 @@ def test_what_the_system_refuses_is_said_with_what_helps(refused, error, words):
     assert f"error: {words}" in refused(main, [])
 
 
-def test_an_interrupt_of_a_writer_that_then_fails_is_an_interrupt():
-    """As matplotlib's does, which finishes a GIF of no pictures."""
-    with pytest.raises(KeyboardInterrupt), errors.blame("the GIF cannot be written"):
-        try:
-            raise KeyboardInterrupt
-        finally:
-            [].pop()
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_a_library_takes_for_a_broken_file_is_an_interrupt(refused, number):
+    """As matplotlib's writer, which finishes a GIF of no pictures, or safetensors' reader."""
+    def main(argv):
+        with errors.blame("weights are broken: remove them"):
+            try:
+                signal.raise_signal(number)
+            except KeyboardInterrupt:
+                raise ValueError("could not determine the shape") from None
+
+    before = signal.signal(number, signal.default_int_handler)  # where tests run behind, ignored
+    try:
+        assert refused(main, [], 130) == "error: interrupted"
+        signal.signal(number, signal.SIG_IGN)  # as of what a shell starts in the background
+        command.run(main)
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize("rank, waits", [("0", 0), ("1", 1), ("10", 1), ("", 0)])
 def test_the_first_rank_has_the_word(refused, monkeypatch, rank, waits):
     """torchrun ends the others once it has ended, while they still wait."""
-    slept, handler = [], command.signal.getsignal(command.signal.SIGTERM)
+    slept, handler = [], signal.getsignal(signal.SIGTERM)
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(command.time, "sleep", lambda seconds: slept.append(
-        command.signal.getsignal(command.signal.SIGTERM) == command.signal.SIG_DFL))
+        signal.getsignal(signal.SIGTERM) == signal.SIG_DFL))
     assert "--nonsense" in refused(degrade.main, ["toy2d", "--nonsense"])
-    command.signal.signal(command.signal.SIGTERM, handler)
+    signal.signal(signal.SIGTERM, handler)
     assert slept == [True] * waits
 
 
