@@ -35,7 +35,7 @@ def make(config: Config, seed: int = 0,
         print(f"{len(prompts)} prompts in {config.prompts}, the first: {prompts[0][:60]}")
     cache = files.cached("")
     folder = layout.find(config.model, cache)
-    model.must_be_sdxl(folder)  # before its text encoders are blamed for it
+    model.must_be_sdxl(folder)  # before its text encoders run, or are blamed for it
     bank = text.embed(folder, prompts, cache, device)
     teacher, sigmas = as_denoiser(*model.load(folder), config, device)
     vae = model.load_part(AutoencoderKL, folder, "vae")  # now: the figures come after days

@@ -78,7 +78,6 @@ def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeli
     base = local_base(file.parent.parent) if base is None else base
     folder = layout.find(base, files.cached(""), "--base")
     model.must_be_sdxl(folder, "--base")
-    model.load_sigmas(folder, "--base")  # to refuse what no student is distilled from
     config = files.load_json(folder / "unet/config.json", layout.again(folder))
     unet = model.load_unet(config, weights, file)
     with files.blame(f"{folder} is no SDXL pipeline: {layout.again(folder)}, or name "

@@ -83,12 +83,12 @@ def load(folder: Path) -> tuple[UNet2DConditionModel, Tensor]:
     """The UNet in float32, and sigma [1000] of its timesteps, ascending. Refuses what is not SDXL,
     does not predict eps, or has another kind of noise schedule."""
     must_be_sdxl(folder)
-    sigmas = load_sigmas(folder)  # first, as it takes no time
-    return load_part(UNet2DConditionModel, folder, "unet"), sigmas
+    return load_part(UNet2DConditionModel, folder, "unet"), load_sigmas(folder)
 
 
 def must_be_sdxl(folder: Path, flag: str = "--model") -> None:
-    """Refuse the pipeline of another model, of inpainting or distilled for guidance."""
+    """Refuse the pipeline of another model, of inpainting or distilled for guidance, or of another
+    noise schedule."""
     kind = files.load_json(folder / "model_index.json", "it is no pipeline").get("_class_name")
     config = files.load_json(folder / "unet" / "config.json", "it is no UNet's config")
     added = config.get("addition_embed_type")
@@ -106,6 +106,7 @@ def must_be_sdxl(folder: Path, flag: str = "--model") -> None:
              6 * config["addition_time_embed_dim"] + pooled["projection_dim"],
              "projection_class_embeddings_input_dim must be 6 * addition_time_embed_dim + "
              "projection_dim")
+    load_sigmas(folder, flag)
 
 
 def load_part(kind: type, folder: Path, part: str) -> nn.Module:

@@ -135,9 +135,11 @@ def test_another_kind_of_noise_schedule_is_refused(mine, changes, cause):
 
 
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
-def test_a_scheduler_that_does_not_predict_epsilon_is_refused(mine, kind):
+def test_a_scheduler_that_does_not_predict_epsilon_is_refused_before_prompts_are_encoded(
+        mine, monkeypatch, kind):
+    monkeypatch.setattr(text, "embed", lambda *_: pytest.fail("embedded"))
     edit(mine / "scheduler" / "scheduler_config.json", prediction_type=kind)
-    assert kind in refusal(model.load_sigmas, mine)
+    assert kind in refusal(make, problem, "tiny", model=str(mine))
 
 
 def test_a_unet_of_unknown_blocks_is_refused_naming_the_file(mine):
