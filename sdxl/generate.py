@@ -76,7 +76,7 @@ def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeli
     weights = model.read_unet(file)  # first: the base may be a download of gigabytes
     base = about["base"] if base is None else base
     base = local_base(file.parent.parent) if base is None else base
-    folder = layout.find(base, files.cached(""), "--base")
+    folder = layout.find(base, files.cached(""), "--base", layout.AROUND_UNET)
     model.must_be_sdxl(folder, "--base")
     config = files.load_json(folder / "unet/config.json", layout.again(folder))
     unet = model.load_unet(config, weights, file)

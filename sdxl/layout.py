@@ -1,6 +1,7 @@
 """Where a pipeline's files lie: a local folder of diffusers' layout, or the hub's."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -16,6 +17,7 @@ TEXTS = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.jso
          "vae/config.json", "text_encoder/config.json", "text_encoder_2/config.json")
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
          "text_encoder": "model", "text_encoder_2": "model"}
+AROUND_UNET = [part for part in PARTS if part != "unet"]
 
 
 def weights(folder: Path, part: str) -> tuple[list[Path], str | None]:
@@ -32,23 +34,23 @@ def weights(folder: Path, part: str) -> tuple[list[Path], str | None]:
     return full or found or [Path(f"{stem}.safetensors")], variant
 
 
-def read(folder: Path) -> list[Path]:
+def read(folder: Path, parts: Collection[str] = PARTS) -> list[Path]:
     """The files that decide what the model is, but for the tokenizers'."""
     return [*(folder / name for name in TEXTS),
-            *(file for part in PARTS for file in weights(folder, part)[0])]
+            *(file for part in parts for file in weights(folder, part)[0])]
 
 
-def patterns(end: str) -> list[str]:
+def patterns(end: str, parts: Collection[str]) -> list[str]:
     """What is fetched from the hub: no ONNX, no Flax, and of fp32 and fp16 one."""
     return [*TEXTS, "tokenizer*/*", *(
-        f"{part}/{stem}{name}" for part, stem in PARTS.items()
+        f"{part}/{PARTS[part]}{name}" for part in parts
         for name in (f"{end}.safetensors", f"{end}-*-of-*.safetensors",
                      f".safetensors.index{end}.json"))]
 
 
-def missing(folder: Path) -> list[str]:
+def missing(folder: Path, parts: Collection[str]) -> list[str]:
     """The files that a pipeline's folder lacks."""
-    lacking = [str(file.relative_to(folder)) for file in read(folder) if not file.is_file()]
+    lacking = [str(file.relative_to(folder)) for file in read(folder, parts) if not file.is_file()]
     for name in ("tokenizer", "tokenizer_2"):  # transformers 5 writes the one file, the hub has two
         words = [] if (folder / name / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
         lacking += [f"{name}/{file}" for file in ("tokenizer_config.json", *words)
@@ -75,17 +77,18 @@ def again(place: Path) -> str:
     return "fetch it again"
 
 
-def find(model: str, cache: Path, flag: str = "--model") -> Path:
+def find(model: str, cache: Path, flag: str = "--model", parts: Collection[str] = PARTS) -> Path:
     """The folder of `model`: the tiny pipeline's where it is empty, itself where it is a folder,
     and what the hub has under that name, fetched on first use, where it is not. Refuses, naming the
-    `flag` that takes another, what lacks a file or has a broken one."""
+    `flag` that takes another, what lacks a file or has a broken one; of weights only those of
+    `parts` are fetched and looked at."""
     folder = Path(model).expanduser() if model else tiny.folder(cache)
     if folder.is_file():
         raise disback.Refusal(
             f"{model} is a single file: convert it by diffusers, StableDiffusionXLPipeline."
             f"from_single_file(FILE).save_pretrained(FOLDER), and name that folder by {flag}")
     takes = f"{flag} takes the folder of an SDXL pipeline in diffusers' layout"
-    wanted = ", ".join([*TEXTS, *(f"{part}/{stem}.safetensors" for part, stem in PARTS.items()),
+    wanted = ", ".join([*TEXTS, *(f"{part}/{PARTS[part]}.safetensors" for part in parts),
                         "tokenizer/* and tokenizer_2/*"])
     if not folder.is_dir():
         if not on_hub(model):
@@ -93,10 +96,10 @@ def find(model: str, cache: Path, flag: str = "--model") -> Path:
         with files.blame(f"model {model} is no folder here and was not to be had from the hub: "
                          f"fetch it where there is a network; {takes}: {wanted}"):
             for end in ("", ".fp16"):
-                folder = Path(snapshot_download(model, allow_patterns=patterns(end)))
-                if not missing(folder):
+                folder = Path(snapshot_download(model, allow_patterns=patterns(end, parts)))
+                if not missing(folder, parts):
                     break
-    if lacking := missing(folder):
+    if lacking := missing(folder, parts):
         others = [str(file.relative_to(folder)) for kind in ("*/*.bin", "*/*.*.safetensors")
                   for file in sorted(folder.glob(kind)) if file not in read(folder)]
         kept = (f"; {others[0]} is to be saved again as safetensors by diffusers, whose only "
@@ -105,7 +108,7 @@ def find(model: str, cache: Path, flag: str = "--model") -> Path:
             takes = f"the hub's {model} has no such file, or was fetched in part; {takes}"
         raise disback.Refusal(f"{folder} lacks {', '.join(lacking)}{kept}: "
                               + (takes if model else again(folder)))
-    for part in PARTS:
+    for part in parts:
         for file in weights(folder, part)[0]:
             with files.blame(f"{file} is broken: {again(file)}"):
                 safe_open(file, "pt")

@@ -164,8 +164,9 @@ def test_the_hub_is_never_asked_for_what_is_meant_as_a_place_here(tmp_path, monk
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("unet", [True, False])
 def test_the_hub_is_asked_for_what_is_read_and_no_more_in_fp32_and_then_in_fp16(
-        base, mine, monkeypatch, variant):
+        base, mine, monkeypatch, variant, unet):
     """What it has is what huggingface's own filter lets through."""
     for part in KINDS:
         rewritten(mine, part, variant=variant)
@@ -176,7 +177,8 @@ def test_the_hub_is_asked_for_what_is_read_and_no_more_in_fp32_and_then_in_fp16(
     if not variant:
         more |= {"unet/diffusion_pytorch_model.fp16.safetensors",
                  "text_encoder/model.fp16.safetensors"}
-    for file in needed | more:
+    offered = needed | more
+    for file in offered:
         (mine / file).parent.mkdir(exist_ok=True)
         (mine / file).touch()
     asked, got = [], mine.parent / "got"
@@ -184,13 +186,17 @@ def test_the_hub_is_asked_for_what_is_read_and_no_more_in_fp32_and_then_in_fp16(
     def snapshot(name, allow_patterns):
         asked.append(name)
         for file in huggingface_hub.utils.filter_repo_objects(
-                needed | more, allow_patterns=allow_patterns):
+                offered, allow_patterns=allow_patterns):
             (got / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(mine / file, got / file)
         return got
 
     monkeypatch.setattr(layout, "snapshot_download", snapshot)
-    assert layout.find("owner/name-1.0", mine) == got
+    parts = layout.PARTS
+    if not unet:  # as around a student's
+        parts = layout.AROUND_UNET
+        needed = {file for file in needed if not file.startswith("unet/diffusion")}
+    assert layout.find("owner/name-1.0", mine, "--base", parts) == got
     assert asked == ["owner/name-1.0"] * (2 if variant else 1)
     assert {str(file.relative_to(got)) for file in got.rglob("*") if file.is_file()} == needed
     assert layout.weights(got, "vae")[1] == variant
