@@ -13,8 +13,12 @@ OLDEST_PEFT = "0.18"
 
 def tell(kind: type, error: BaseException, *rest: Any) -> None:
     """Say in a line that an interrupt came while the libraries load, or that one does not load."""
-    if issubclass(kind, KeyboardInterrupt | ImportError):
-        print("\nerror:", str(error) or "interrupted", file=sys.stderr)
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nerror: interrupted", file=sys.stderr)
+    elif issubclass(kind, ImportError):
+        remedy = ": pip install -r requirements.txt" * issubclass(kind, ModuleNotFoundError)
+        print(f"error: {error}{remedy}", file=sys.stderr, flush=True)
+        os._exit(2)  # Python's own would be 1
     else:
         sys.__excepthook__(kind, error, *rest)
 

@@ -94,7 +94,8 @@ def find(model: str, cache: Path, flag: str = "--model", parts: Collection[str] 
         if not on_hub(model):
             raise disback.Refusal(f"{model} is no folder here: {takes}: {wanted}")
         with files.blame(f"model {model} is no folder here and was not to be had from the hub: "
-                         f"fetch it where there is a network; {takes}: {wanted}"):
+                         f"fetch it where there is a network, logged in if it is gated; {takes}: "
+                         f"{wanted}"):
             for end in ("", ".fp16"):
                 folder = Path(snapshot_download(model, allow_patterns=patterns(end, parts)))
                 if not missing(folder, parts):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from runtime import files
 from sdxl import layout, tiny
-from sdxl.model import ADAPTED
+from sdxl.model import ADAPTED, must_be_sdxl
 from sdxl.settings import FULL, Config
 
 # The config of stabilityai/stable-diffusion-xl-base-1.0's UNet: 2,567,463,684 parameters.
@@ -33,12 +33,14 @@ def of_run(config: Config) -> str:
     if not config.model:
         unet, scale = dict(tiny.unet().config), 2
     elif file.is_file():
+        must_be_sdxl(file.parents[1])
         unet, scale = files.load_json(file, "no UNet"), layout.vae_scale(file.parents[1])
     else:
         unet, scale = BASE, 8
         if config.model != FULL.model:
             note = f"note: {config.model} is no folder here; these are SDXL base's numbers\n"
-    return note + table(unet, config, config.size // scale)
+    with files.blame(f"{file} is no UNet's config: {layout.again(file)}"):
+        return note + table(unet, config, config.size // scale)
 
 
 def on_meta(unet_config: dict) -> UNet2DConditionModel:

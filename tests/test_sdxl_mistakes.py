@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 import math
+import os
 import shutil
 import stat
 import sys
@@ -273,7 +274,9 @@ def test_a_full_disk_is_told_where_the_tiny_pipeline_is_written(monkeypatch, tmp
 
 
 @pytest.mark.parametrize("error, said", [
-    (KeyboardInterrupt(), "error: interrupted"), (ImportError("peft is old"), "error: peft is")])
+    (KeyboardInterrupt(), "error: interrupted"), (ImportError("peft is old"), "error: peft is old"),
+    (ModuleNotFoundError("No module named 'x'"),
+     "error: No module named 'x': pip install -r requirements.txt")])
 def test_an_interrupt_while_the_libraries_load_is_a_line(monkeypatch, capsys, error, said):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(sys, "argv", ["pytest"])
@@ -282,8 +285,10 @@ def test_an_interrupt_while_the_libraries_load_is_a_line(monkeypatch, capsys, er
     assert sys.excepthook is before
     monkeypatch.setattr(sys, "argv", ["-m"])
     importlib.reload(sdxl)
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
     sys.excepthook(type(error), error, None)
-    assert capsys.readouterr().err.strip().startswith(said)
+    assert capsys.readouterr().err.strip() == said and ended == [2] * isinstance(error, ImportError)
     sys.excepthook(ValueError, ValueError("a fault"), None)
     assert "ValueError: a fault" in capsys.readouterr().err
 
@@ -368,6 +373,16 @@ def test_a_dry_run_writes_nothing(capsys, tmp_path):
         degrade.main(["sdxl", "--out", str(tmp_path / "run"), "--dry-run"])
     assert not ended.value.code and "AdamW" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("file, changes", [
+    ("unet/config.json", {"in_channels": 9}), ("unet/config.json", {"down_block_types": ["No"]}),
+    ("unet/config.json", {"transformer_layers_per_block": None}),
+    ("unet/config.json", {"addition_embed_type": None, "block_out_channels": [32]}),
+    ("model_index.json", {"_class_name": "StableDiffusionPipeline"})])
+def test_a_dry_run_refuses_what_the_run_would(mine, file, changes):
+    edit(mine / file, **changes)
+    assert str(mine) in refusal(problem.dry_run, settings.Config(model=str(mine)))
 
 
 def test_a_dry_run_says_whose_numbers_it_prints_and_heeds_the_size_of_any_model(
