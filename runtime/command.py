@@ -1,6 +1,7 @@
 """How a command of this project ends, and what its words may be."""
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import os
@@ -37,8 +38,7 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
     sys.stdout, sys.stderr = (Forgiving(stream or open(os.devnull, "w"))  # noqa: SIM115
                               for stream in (sys.stdout, sys.stderr))
     try:
-        cache = os.environ.get("DISBACK_CACHE") or os.path.expanduser("~")
-        words = [word for word in (*sys.argv, cache) if not word.isascii()]
+        words = [word for word in (*sys.argv, errors.cache()) if not word.isascii()]
         if words and sys.getfilesystemencoding() != "utf-8":  # not every library heeds another one
             raise Refusal(f"the locale is not UTF-8, as {ascii(words[0])} is: set PYTHONUTF8=1")
         if any("\udc80" <= letter <= "\udcff" for letter in "".join(sys.argv)):  # bytes, to Python
@@ -68,6 +68,7 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
         end(2, errors.in_words(error))
     finally:
         folder.leave()
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop
     if dist.is_initialized():
         dist.destroy_process_group()
 

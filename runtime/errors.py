@@ -5,6 +5,7 @@ import errno
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -40,18 +41,19 @@ def in_words(error: Exception, what: str = "") -> str:
     name, number = getattr(error, "filename", None) or what, getattr(error, "errno", None)
     if told := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors tells it in words
         number = int(told[1])
+    in_cache = cache() in f"{name} {what}"
+    another = "name another cache by DISBACK_CACHE" if in_cache else "name another place"
     if isinstance(error, FileNotFoundError) and not error.filename:  # safetensors: it cannot read
         name = str(error).partition(": ")[2]
         number = errno.EACCES if os.path.lexists(name) else number
     if number == errno.EACCES or isinstance(error, PermissionError):
         place = pathlib.Path(name)
         place = place.parent if place.name.endswith(UNFINISHED) else place
-        return (f"permission denied: {place}: change its mode, or name another; DISBACK_CACHE "
-                "names the cache")
+        return f"permission denied: {place}: change its mode, if it is yours, or {another}"
     why = getattr(error, "strerror", None) or str(error)[:300]
     if number in NO_ROOM:
         place = what or name or "a file, maybe a temporary one, whose folder TMPDIR names"
-        return f"{place}: {why}: make room, or write elsewhere"
+        return f"{place}: {why}: make room, or {another}"
     if any(advice in str(error) for advice in ("weights_only=", "allow_pickle=")):
         why = "it is of another kind, or holds more than tensors"
     if not what and number and name:
@@ -66,13 +68,21 @@ def out_of_memory(error: Exception) -> bool:
                 "can't allocate memory", "Storage size calculation overflowed")))
 
 
-def must_take_files(folder: pathlib.Path, flag: str) -> None:
-    """Refuse a folder that cannot be made, or written to."""
+def cache() -> str:
+    """The folder of what is fetched or made once: $DISBACK_CACHE or ~/.cache/disback."""
+    return os.path.expanduser(os.environ.get("DISBACK_CACHE") or "~/.cache/disback")
+
+
+def must_take_files(folder: pathlib.Path, flag: str, room: int = 0) -> None:
+    """Refuse a folder that cannot be made, or written to, or has fewer bytes free."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
     if not there.is_dir():
         raise Refusal(f"{there} is no folder: name another {flag}")
     if not os.access(there, os.W_OK | os.X_OK):
         raise Refusal(f"permission denied: {there}: name another {flag}")
+    if room and shutil.disk_usage(there).free < room:
+        raise Refusal(f"{there} has less than {room / 1e6:g} MB of free space: make room, or name "
+                      f"another {flag}")
 
 
 def must_be_allowed(flag: str, value: Any, kind: Any, zero: bool = False,

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from disback import Refusal, load_strictly
-from runtime.errors import UNFINISHED, blame, must_take_files
+from runtime.errors import UNFINISHED, blame, cache, must_take_files
 from runtime.place import gathered
 from runtime.ranks import rank
 
 UMASK = os.umask(0o022)  # it can only be read by setting it
 os.umask(UMASK)
+ROOM_OF_CACHE = 10**7  # bytes: the teachers that are trained have 3 MB at most
 
 
 def atomically(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
@@ -90,13 +91,12 @@ def sha256(file: pathlib.Path) -> str:
 
 
 def cached(name: str) -> pathlib.Path:
-    """The file of that name in the cache, $DISBACK_CACHE or ~/.cache/disback."""
-    folder = os.path.expanduser(os.environ.get("DISBACK_CACHE") or "~/.cache/disback")
-    if folder.startswith("~"):
-        raise Refusal(f"{folder} is in no home: name the cache's folder by DISBACK_CACHE")
-    file = pathlib.Path(folder, name)
+    """The file of that name in the cache; Refusal where it is not there and could not be."""
+    if cache().startswith("~"):
+        raise Refusal(f"{cache()} is in no home: name the cache's folder by DISBACK_CACHE")
+    file = pathlib.Path(cache(), name)
     if name and not file.exists():
-        must_take_files(file.parent, "cache by DISBACK_CACHE")
+        must_take_files(file.parent, "cache by DISBACK_CACHE", ROOM_OF_CACHE)
     return file
 
 

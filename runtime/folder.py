@@ -159,8 +159,8 @@ def claim(args: Any, problem: Problem, stage: str, settings: dict, need: int) ->
         return ranks.barrier()
     held = sum(file.lstat().st_size for file in own(args))
     if shutil.disk_usage(args.out).free + held < need:
-        raise Refusal(f"{args.out} has less than {need / 1e9:.2g} GB free: make room, or "
-                      "name another --out")
+        raise Refusal(f"{args.out} has less than {need / 1e9:.2g} GB of free space: make "
+                      "room, or name another --out")
     for file in own(args) if not args.resume else ():
         file.unlink()
         with contextlib.suppress(OSError):  # other files are in that folder

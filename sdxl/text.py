@@ -43,7 +43,7 @@ def embed(folder: Path, prompts: list[str], cache: Path,
     name = hashlib.sha256(depends_on.encode()).hexdigest()[:16]
     file = cache / f"sdxl-text-{name}.safetensors"
     if not file.exists():
-        files.must_take_files(cache, "cache by DISBACK_CACHE")
+        files.must_take_files(cache, "cache by DISBACK_CACHE", files.ROOM_OF_CACHE)
         files.save_tensors(file, encode(folder, prompts, device))
     with files.blame(f"{file} is broken: remove it"):
         bank = load_file(file)

@@ -31,7 +31,7 @@ def folder(cache: Path) -> Path:
     name = hashlib.sha256((source + diffusers.__version__ + torch.__version__).encode()).hexdigest()
     made = cache / f"{NAME}{name[:16]}"
     if not made.exists():
-        files.must_take_files(cache, "cache by DISBACK_CACHE")
+        files.must_take_files(cache, "cache by DISBACK_CACHE", files.ROOM_OF_CACHE)
         cache.mkdir(parents=True, exist_ok=True)
         with files.blame(f"cannot write {made}"), tempfile.TemporaryDirectory(
                 files.UNFINISHED, f".{made.name}.", cache) as folder_beside:

@@ -349,7 +349,7 @@ def test_a_disk_without_room_for_a_stage_is_refused_before_its_first_step(
         main, need = backtrack.main, 10**7 + room_of_stage_2(completed)
         argv = ["toy2d", "--out", tmp_path / "run", *BACKTRACK, "--path", completed / "path"]
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda place: SimpleNamespace(free=need - 1))
-    assert "GB free: make room, or name another --out" in refused(main, argv)
+    assert "GB of free space: make room, or name another --out" in refused(main, argv)
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda place: SimpleNamespace(free=need))
     main([str(word) for word in argv])
@@ -363,7 +363,7 @@ def test_what_a_run_holds_already_needs_no_room_again(refused, finished, monkeyp
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
     backtrack.main([*argv, "--resume"])  # only draws
     free += room_of_stage_2(out) - 1
-    assert "GB free" in refused(backtrack.main, [*argv, "--overwrite"])
+    assert "GB of free space" in refused(backtrack.main, [*argv, "--overwrite"])
     assert (out / "state.pt").exists()
     free += 1
     backtrack.main([*argv, "--overwrite"])

@@ -362,7 +362,7 @@ def test_a_disk_without_room_for_the_path_is_refused_before_anything_is_written(
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda place: (
         asked.append(place) or SimpleNamespace(free=free)))
     argv = ["sdxl", "--out", str(run), *SMALL, "--steps", "2", "--nodes", "1"]
-    needs, _, _ = refusal(degrade.main, argv).partition(" GB free")
+    needs, _, _ = refusal(degrade.main, argv).partition(" GB of free space")
     assert float(needs.split()[-1]) > 0
     assert [file.name for file in run.iterdir()] == [".disback.lock"]
     free += 20_000

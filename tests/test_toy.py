@@ -1,7 +1,9 @@
 """What the toy logs and draws of a run: the student's spread, the fake's bias, the page."""
 
+import gc
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import backtrack
-from toy2d import diagnosis, mixture, model, problem
+from runtime import files
+from toy2d import diagnosis, figures, mixture, model, problem
 
 
 class Exact(torch.nn.Module):
@@ -119,6 +122,12 @@ def test_runs_in_16_dimensions_and_without_a_path_end_with_all_figures_of_one_be
         assert {file.name for file in (run / "figures").iterdir()} == names
     both, one = (Image.open(run / "figures" / "backtracking.gif")
                  for run in (pair / "main", tmp_path))
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("error")
+        patch.setattr(files, "rank", lambda: 1)  # draws none, and says nothing
+        figures.draw_gif(tmp_path / "none.gif", [tmp_path], [], torch.zeros(1, 2), (-1, 1))
+        gc.collect()
+    assert not (tmp_path / "none.gif").exists()
     assert both.width > 1.8 * one.width and both.height == one.height
     assert both.n_frames >= 5
     student = load_file(tmp_path / "student.safetensors")

@@ -306,15 +306,30 @@ def test_a_home_of_nobody_is_named(refused, main, words):
     (ModuleNotFoundError("No module named 'x'"), "No module named 'x': pip install -r req"),
     (ImportError("peft 0.17.1 is too old: pip"), "peft 0.17.1 is too old: pip"),
     (OSError(28, "No space left on device", "a"), "a: No space left on device: make room"),
-    (OSError(122, "Disk quota exceeded", "a"), "a: Disk quota exceeded: make room"),
+    (OSError(122, "Disk quota exceeded", "a"), "a: Disk quota exceeded: make room, or name another "
+     "place"),
+    (PermissionError(13, "", "/c/a"),
+     "permission denied: /c/a: change its mode, if it is yours, or name another cache by DISBACK_"),
+    (OSError(28, "No space left", "/c/a"), "/c/a: No space left: make room, or name another cache"),
     (OSError(28, "No space left"), "a file, maybe a temporary one, whose folder TMPDIR names: No"),
     (NotADirectoryError(20, "Not a directory", "a"), "a: Not a directory: move what is there"),
     (OSError("the host is gone"), "the host is gone")])
-def test_what_the_system_refuses_is_said_with_what_helps(refused, error, words):
+def test_what_the_system_refuses_is_said_with_what_helps(refused, monkeypatch, error, words):
     def main(argv):
         raise error
 
+    monkeypatch.setenv("DISBACK_CACHE", "/c")
     assert f"error: {words}" in refused(main, [])
+
+
+@pytest.mark.parametrize("argv", [["toy2d"], ["imagenet64"], ["sdxl"]])
+def test_a_full_cache_is_told_before_a_teacher_is_trained_for_it(
+        refused, monkeypatch, tmp_path, argv):
+    monkeypatch.setenv("DISBACK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(errors.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**7 - 1))
+    line = refused(degrade.main, [*argv, "--out", tmp_path / "run"])
+    assert "10 MB of free space: make room, or name another cache by DISBACK_CACHE" in line
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

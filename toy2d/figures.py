@@ -203,6 +203,7 @@ def draw_gif(file: Path, runs: list[Path], nodes: list[Tensor], points: Tensor,
             axis.set_title(f"{method}, iteration {now}: to {where}", fontsize=10)
 
     shown = [step for step in panels[0][0] if step <= EARLY or step % 400 == 0]
-    animation = FuncAnimation(figure, show, shown + 12 * shown[-1:])  # it rests on the last
-    files.atomically(file, lambda beside: animation.save(beside, PillowWriter(fps=6)))
+    shown += 12 * shown[-1:]  # it rests on the last
+    files.atomically(file, lambda beside: FuncAnimation(figure, show, shown).save(
+        beside, PillowWriter(fps=6)))  # made here, as one that is not written warns
     plt.close(figure)
