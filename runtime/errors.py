@@ -41,7 +41,7 @@ def in_words(error: Exception, what: str = "") -> str:
     name, number = getattr(error, "filename", None) or what, getattr(error, "errno", None)
     if told := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors tells it in words
         number = int(told[1])
-    in_cache = cache() in f"{name} {what}"
+    in_cache = cache() + os.sep in f"{name} {what}"
     another = "name another cache by DISBACK_CACHE" if in_cache else "name another place"
     if isinstance(error, FileNotFoundError) and not error.filename:  # safetensors: it cannot read
         name = str(error).partition(": ")[2]
@@ -70,7 +70,8 @@ def out_of_memory(error: Exception) -> bool:
 
 def cache() -> str:
     """The folder of what is fetched or made once: $DISBACK_CACHE or ~/.cache/disback."""
-    return os.path.expanduser(os.environ.get("DISBACK_CACHE") or "~/.cache/disback")
+    folder = os.path.expanduser(os.environ.get("DISBACK_CACHE") or "~/.cache/disback")
+    return folder if folder.startswith("~") else os.path.abspath(folder)
 
 
 def must_take_files(folder: pathlib.Path, flag: str, room: int = 0) -> None:
