@@ -1,5 +1,6 @@
 """What a user's mistake gets: one line with cause and remedy, status 2, nothing written or lost."""
 
+import importlib
 import math
 import os
 import re
@@ -15,6 +16,7 @@ from conftest import BACKTRACK, DEGRADE, SMALL, refusal
 import backtrack
 import degrade
 import disback
+import runtime
 from imagenet64 import sample
 from runtime import command, files
 from sdxl import generate
@@ -225,3 +227,23 @@ def test_a_disk_that_fills_while_saving_leaves_the_old_file(refused, tmp_path, s
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert line.startswith("error: cannot write") and "File too large: make room" in line
     assert file.read_text() == "old" and os.listdir(tmp_path) == ["kept"]
+
+
+@pytest.mark.parametrize("error, said", [
+    (KeyboardInterrupt(), "error: interrupted"), (ImportError("peft is old"), "error: peft is old"),
+    (ModuleNotFoundError("No module named 'x'"),
+     "error: No module named 'x': pip install -r requirements.txt")])
+def test_an_interrupt_while_the_libraries_load_is_a_line(monkeypatch, capsys, error, said):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    before = sys.excepthook
+    importlib.reload(runtime)
+    assert sys.excepthook is before
+    monkeypatch.setattr(sys, "argv", ["-m"])
+    importlib.reload(runtime)
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err.strip() == said and ended == [2] * isinstance(error, ImportError)
+    sys.excepthook(ValueError, ValueError("a fault"), None)
+    assert "ValueError: a fault" in capsys.readouterr().err

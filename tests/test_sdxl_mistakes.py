@@ -4,7 +4,6 @@ import importlib
 import json
 import logging
 import math
-import os
 import shutil
 import stat
 import sys
@@ -21,7 +20,6 @@ from safetensors.torch import load_file
 
 import backtrack
 import degrade
-import sdxl
 from runtime import files, folder
 from sdxl import generate, layout, memory, model, problem, settings, text, tiny
 
@@ -271,26 +269,6 @@ def test_a_full_disk_is_told_where_the_tiny_pipeline_is_written(monkeypatch, tmp
     line = refusal(tiny.folder, tmp_path)
     assert all(words in line for words in ("cannot write", "No space left", "make room"))
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("error, said", [
-    (KeyboardInterrupt(), "error: interrupted"), (ImportError("peft is old"), "error: peft is old"),
-    (ModuleNotFoundError("No module named 'x'"),
-     "error: No module named 'x': pip install -r requirements.txt")])
-def test_an_interrupt_while_the_libraries_load_is_a_line(monkeypatch, capsys, error, said):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
-    before = sys.excepthook
-    importlib.reload(sdxl)
-    assert sys.excepthook is before
-    monkeypatch.setattr(sys, "argv", ["-m"])
-    importlib.reload(sdxl)
-    ended = []
-    monkeypatch.setattr(os, "_exit", ended.append)
-    sys.excepthook(type(error), error, None)
-    assert capsys.readouterr().err.strip() == said and ended == [2] * isinstance(error, ImportError)
-    sys.excepthook(ValueError, ValueError("a fault"), None)
-    assert "ValueError: a fault" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more, cause", [

@@ -1,0 +1,3 @@
+"""The toy."""
+
+import runtime  # noqa: F401  (first: it tells of an interrupt while the rest loads)
