@@ -21,6 +21,7 @@ from imagenet64 import edm, figures, problem
 from runtime import command, files, folder, pictures, ranks, records, results
 
 Images = Callable[[range], Iterable[tuple[Tensor, Tensor]]]  # seeds -> uint8 [n, c, h, w], classes
+STEPS = 18  # of Heun's method, with two evaluations each but for the last
 
 
 def main(argv: list[str]) -> None:
@@ -60,7 +61,8 @@ def add_source(parser: argparse.ArgumentParser) -> None:
                         help="a run's folder, or: teacher")
     parser.add_argument("--node", type=int, help="a node of the run's path; 0 is the teacher")
     parser.add_argument("--preset", choices=problem.PRESETS, help="the run's, or the teacher's")
-    parser.add_argument("--steps", type=command.count, help="of Heun's method, for a node (18)")
+    parser.add_argument("--steps", type=command.count,
+                        help=f"of Heun's method, for a node ({STEPS})")
     parser.add_argument("--batch", type=command.count, default=64,
                         help="images in memory at a time (64)")
 
@@ -75,9 +77,10 @@ def run_or_images(text: str) -> str:
 
 def default_name(args: argparse.Namespace, name: str = "samples") -> Path:
     """Where the results of a source belong, but for the suffix."""
+    end = f"-{args.steps}-steps" if args.steps not in (None, STEPS) else ""
     if args.source == "teacher":
-        return Path("runs", f"{name}-teacher-{args.preset or 'tiny'}")
-    return Path(args.source) / (name if args.node is None else f"{name}-node-{args.node:02d}")
+        return Path("runs", f"{name}-teacher-{args.preset or 'tiny'}{end}")
+    return Path(args.source) / (name if args.node is None else f"{name}-node-{args.node:02d}{end}")
 
 
 def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[Images, dict]:
@@ -91,7 +94,7 @@ def source(args: argparse.Namespace, classes: list[int] | None = None) -> tuple[
         command.refuse("--steps is for a --node or the teacher; a student makes one")
     if args.source == "teacher" and args.node is not None:
         command.refuse("--node is for a run's path; the teacher needs none")
-    steps = 1 if one_step else args.steps or 18
+    steps = 1 if one_step else args.steps or STEPS
     device, config = ranks.device(), config_of(args)
     count = problem.NETWORKS[config.images]["label_dim"]
     for wrong in (c for c in classes or () if not 0 <= c < count):

@@ -106,10 +106,11 @@ def check_left(run: Path) -> None:
         check_number(file, "peak_memory_bytes", before.get("peak_memory_bytes", 0))
 
 
-def note_older(run: Path) -> None:
-    """Say where a run has been prolonged, and its student is still that of before."""
+def note_older(run: Path, made: int | None = None) -> None:
+    """Say where a run has been prolonged, and its student is still that of before: of iteration
+    `made`, or of metrics.json's."""
     with contextlib.suppress(Refusal, KeyError, TypeError):  # it may be no run's folder
-        made = files.load_json(run / "metrics.json", "")["steps"]
+        made = made or files.load_json(run / "metrics.json", "")["steps"]
         asked = files.load_json(run / "config.json", "")["backtrack"]["backtrack_steps"]
         if made < asked and ranks.rank() == 0:
             print(f"note: the student in {run} is of iteration {made}, the run goes on to {asked}: "

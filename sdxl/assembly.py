@@ -47,6 +47,7 @@ def make(config: Config, seed: int = 0,
         local = config.model and folder == Path(config.model).expanduser()
         if ranks.rank() == 0:
             generate.export(out, folder, config.rank, timestep=config.timestep, size=config.size,
+                            iteration=config.backtrack_steps,
                             base=None if local else config.model)
         ranks.barrier()
         figures.draw(out, path, compare, vae, teacher,

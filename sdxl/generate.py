@@ -1,6 +1,8 @@
 """Images in one step, of a student or of the weights that the authors of DisBack published; and
 the student's folder for diffusers and the hub."""
 
+import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -104,13 +106,14 @@ def find(student: str) -> tuple[Path, dict]:
             must(place.is_file(), "it has no such file")
     for folder in (whole(place) / "student", whole(place)):
         if (folder / ABOUT).is_file():
-            records.note_older(folder.parent)
-            return folder / WEIGHTS, about | read_about(folder / ABOUT)
+            about |= read_about(folder / ABOUT)
+            records.note_older(folder.parent, about.get("iteration"))
+            return folder / WEIGHTS, about
     if place.is_file():
         return place, about
     if place.is_dir():
         raise disback.Refusal(f"{place} holds no student: name the folder of a run of sdxl whose "
-                              "backtrack.py has ended")
+                              "backtrack.py has ended, or a file of a UNet's weights")
     raise disback.Refusal(f"{student} is not here: run degrade.py sdxl and backtrack.py sdxl, or "
                           "name another run or file by --student")
 
@@ -139,12 +142,11 @@ def read_about(file: Path) -> dict:
 
 def local_base(run: Path) -> str:
     """The folder of the base that a run's student is of, which it keeps to itself on the hub."""
-    remedy = "name its folder by --base"
-    with files.blame(f"the base of the student in {run} is no model of the hub: {remedy}"):
-        base = Path(files.load_json(run / "config.json", remedy)["backtrack"]["model"])
-        if not base.expanduser().is_dir():
-            raise ValueError(f"{base} is not here")
-        return str(base)
+    with files.blame("the student's base is no model of the hub, but a folder that is known to its "
+                     "run alone: name that by --base"):
+        base = json.loads((run / "config.json").read_text())["backtrack"]["model"]
+        must(base and Path(base).expanduser().is_dir(), f"{base!r} is not here")
+        return base
 
 
 def generate(pipe: StableDiffusionXLPipeline, about: dict,
@@ -164,8 +166,8 @@ def generate(pipe: StableDiffusionXLPipeline, about: dict,
 def export(out: Path, folder: Path, rank: int, **about) -> None:
     """Write OUT/student from OUT/student.safetensors, for diffusers: the UNet as save_pretrained
     has it and as a plain state dict, the scheduler, a model card, and `about`: the timestep, the
-    size, and the base's name on the hub, None where it has none. Adapters of a `rank` above 0 are
-    added to the weights of the base in `folder`."""
+    size, the iteration, and the base's name on the hub, None where it has none. Adapters of a
+    `rank` above 0 are added to the weights of the base in `folder`."""
     config = files.load_json(folder / "unet" / "config.json", layout.again(folder))
     file = out / "student.safetensors"
     unet = (model.merged(folder, file, rank) if rank
@@ -179,12 +181,13 @@ def export(out: Path, folder: Path, rank: int, **about) -> None:
             folder, subfolder="scheduler", clip_sample=False).save_pretrained(beside / "scheduler")
         torch.save(unet.state_dict(), beside / WEIGHTS)
         files.save_json(beside / ABOUT, about)
-        (beside / "README.md").write_text(card(**about))
-        for made in [made for made in beside.rglob("*") if made.is_file()]:
+        (beside / "README.md").write_text(card(about["base"], about["timestep"], about["size"]))
+        for made in sorted((made for made in beside.rglob("*") if made.is_file()),
+                           key=lambda made: made.name == ABOUT):  # which says that all is there
             target = out / "student" / made.relative_to(beside)
-            if target.name == "README.md" and os.path.lexists(target):  # may be edited
-                if target.is_file() and target.read_text() != made.read_text():
-                    print(f"note: {target} is kept as it was")
+            if target.name == "README.md" and os.path.lexists(target) and not is_card(target):
+                print(f"note: {target} was edited, and is kept: remove it, and backtrack.py "
+                      "--resume writes one for this student")
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             os.chmod(made, 0o666 & ~files.UMASK)  # safetensors leaves 0600
@@ -197,9 +200,18 @@ def card(base: str | None, timestep: int, size: int) -> str:
         license="other", license_name="as-the-base-model")
     metadata = ModelCardData(base_model=base or None, library_name="diffusers", tags=["disback"],
                              pipeline_tag="text-to-image", **licence)
-    return CARD.read_text().format(metadata=metadata.to_yaml().strip(), timestep=timestep,
+    text = CARD.read_text().format(metadata=metadata.to_yaml().strip(), timestep=timestep,
                                    size=size, base=base or "OWNER/BASE-MODEL",
                                    variant=', variant="fp16"' if base == BASE else "")
+    return f"{text}\n<!-- {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def is_card(file: Path) -> bool:
+    """Whether a model card is as it was written here: it ends with the hash of what is before."""
+    if not file.is_file() or file.is_symlink():
+        return False
+    text, _, end = file.read_text(errors="replace").rpartition("\n<!-- ")
+    return end == f"{hashlib.sha256(text.encode()).hexdigest()} -->\n"
 
 
 if __name__ == "__main__":

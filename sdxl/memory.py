@@ -36,6 +36,8 @@ def of_run(config: Config) -> str:
         must_be_sdxl(file.parents[1])
         unet, scale = files.load_json(file, "no UNet"), layout.vae_scale(file.parents[1])
     else:
+        if not layout.on_hub(config.model):
+            layout.find(config.model, Path())  # refuses it
         unet, scale = BASE, 8
         if config.model != FULL.model:
             note = f"note: {config.model} is no folder here; these are SDXL base's numbers\n"
@@ -54,9 +56,10 @@ def table(unet_config: dict, config: Any, side: int) -> str:
     unet = on_meta(unet_config)
     count = sum(p.numel() for p in unet.parameters())
     whole, trained = 4e-9 * count, 4e-9 * (adapter_parameters(unet, config.rank) or count)
+    average = trained * (config.ema > 0)
     bf16 = whole / 2 if config.precision == "bf16" else 0.0
     rows = [("weights that are trained: teacher, student, ...", 3 * trained, 3 * trained),
-            ("moving average of the student", 0.0, trained),
+            ("moving average of the student", 0.0, average),
             ("AdamW: two moments of what is trained", 2 * trained, 4 * trained),
             ("gradients, of one network at a time", trained, trained),
             ("frozen weights" if config.rank else "copies in bf16 that autocast makes",
@@ -70,7 +73,7 @@ def table(unet_config: dict, config: Any, side: int) -> str:
     node = trained / 2  # in bf16
     disk = [("the path", trained + config.nodes * node, trained + 2 * config.nodes * node),
             ("a checkpoint of stage 1", 3 * trained, 6 * trained),
-            ("a checkpoint of stage 2", 7 * trained, 14 * trained),
+            ("a checkpoint of stage 2", *(n * (6 * trained + average) for n in (1, 2))),
             ("the student", trained + 2 * whole, trained + 2 * whole)]
     return "\n".join([
         f"{f'{count:,} parameters; GB in':46}{'degrade.py':>10}{'backtrack.py':>13}",

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -260,7 +261,12 @@ def test_what_is_made_of_a_teacher_lies_beside_the_runs_under_its_presets_name(
         net, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sample.main(["teacher", "--images", "2", "--steps", "1"])
-    assert (tmp_path / "runs" / "samples-teacher-tiny.png").is_file()
+    assert (tmp_path / "runs" / "samples-teacher-tiny-1-steps.png").is_file()
+    args = SimpleNamespace(source="teacher", preset=None, node=None)
+    names = [str(sample.default_name(SimpleNamespace(**vars(args) | more), "fid")) for more in (
+        {"steps": None}, {"steps": 18}, {"steps": 2}, {"steps": 2, "source": "a", "node": 1})]
+    assert names == ["runs/fid-teacher-tiny", "runs/fid-teacher-tiny",
+                     "runs/fid-teacher-tiny-2-steps", "a/fid-node-01-2-steps"]
 
 
 def test_a_student_whose_images_are_not_finite_draws_none_and_measures_nan(run, net, tmp_path):

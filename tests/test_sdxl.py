@@ -5,6 +5,7 @@ import functools
 import re
 import shutil
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import diffusers
@@ -105,7 +106,9 @@ def dry_runs(full_unet):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "on_meta", lambda config: full_unet)
         patch.setattr(memory, "activations", walked)
-        return {name: problem.dry_run(problem.PRESETS[name]) for name in ("full", "lora")}
+        return {
+            **{name: problem.dry_run(problem.PRESETS[name]) for name in ("full", "lora")},
+            "no average": problem.dry_run(replace(problem.PRESETS["full"], ema=0))}
 
 
 @pytest.fixture
@@ -382,7 +385,8 @@ def test_the_student_is_saved_in_two_forms_that_load_to_the_same_bits(run, base)
     theirs = UNet2DConditionModel.load_config(base / "unet")
     assert {**one.config, "_name_or_path": None} == {**theirs, "_name_or_path": None}
     about = read(run / "student" / "disback.json")
-    assert about == {"base": "", "timestep": 399, "size": 32}
+    steps = read(run / "metrics.json")["steps"]
+    assert about == {"base": "", "timestep": 399, "size": 32, "iteration": steps}
     scheduler = read(run / "student" / "scheduler" / "scheduler_config.json")
     assert scheduler["_class_name"] == "LCMScheduler" and scheduler["beta_end"] == 0.012
 
@@ -405,11 +409,15 @@ def test_a_student_of_a_local_model_keeps_every_path_to_its_run(mine, tmp_path, 
     made.draw(tmp_path / "run", None, None)
     for file in (tmp_path / "run" / "student").rglob("*"):
         assert file.is_dir() or str(tmp_path).encode() not in file.read_bytes(), file
-    assert "name its folder by --base" in refusal(generate.load, str(tmp_path / "run"))
+    for elsewhere in (None, {"backtrack": {"model": ""}}, {"backtrack": {"model": "no/place"}}):
+        if elsewhere:
+            files.save_json(tmp_path / "run" / "config.json", elsewhere)
+        line = refusal(generate.load, str(tmp_path / "run"))
+        assert "a folder that is known to its run alone: name that by --base" in line
     files.save_json(tmp_path / "run" / "config.json", {"backtrack": {"model": str(mine)}})
     for student in ("run", "run/student"):
         pipe, about = generate.load(str(tmp_path / student))
-        assert about == {"base": None, "timestep": 399, "size": 32}
+        assert about == {"base": None, "timestep": 399, "size": 32, "iteration": 20}
         assert torch.equal(pipe.unet.conv_in.weight, made.student.unet.conv_in.weight)
 
 
@@ -428,7 +436,8 @@ def test_the_model_card_says_base_licence_timestep_and_size(base, named, licence
 def test_the_readmes_table_is_what_a_dry_run_prints(dry_runs):
     """The README's sums for batch 1 and 4 of `full` and `lora`, to a tenth of a GB."""
     readme = (ROOT / "sdxl" / "README.md").read_text()
-    for preset, row in (("full", r"\*\*in all"), ("lora", "`lora`, rank")):
+    for preset, row in (("full", r"\*\*in all"), ("lora", "`lora`, rank"),
+                        ("no average", "the same without")):
         sums = re.findall(r"batch [14]: in all, about +([\d.]+) +([\d.]+)", dry_runs[preset])
         for stage, cell in enumerate(re.search(row + r".*?\|(.*)\|(.*)\|", readme).groups()):
             told = [float(number) for number in cell.split("/")]

@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 import math
+import os
 import shutil
 import stat
 import sys
@@ -287,14 +288,19 @@ def test_a_node_whose_difference_does_not_fit_is_refused(tmp_path, more, cause):
         model.add_difference(tmp_path / "02.safetensors", net)
 
 
-def test_a_model_card_that_a_user_has_edited_stays(base, tmp_path, capsys):
+def test_a_model_card_that_a_user_has_edited_stays(base, tmp_path, monkeypatch, capsys):
+    moved, move = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda *way: (moved.append(way[1].name), move(*way)))
     shutil.copy(base / UNET, tmp_path / "student.safetensors")
     card = tmp_path / "student" / "README.md"
     generate.export(tmp_path, base, 0, base="", timestep=1, size=8)
-    card.write_text(card.read_text() + "mine")
-    generate.export(tmp_path, base, 0, base="", timestep=1, size=8)
-    assert card.read_text().endswith("mine")
-    assert f"{card} is kept as it was" in capsys.readouterr().out
+    generate.export(tmp_path, base, 0, base="", timestep=2, size=16)  # as after --overwrite
+    assert "timesteps=[2], height=16" in card.read_text() and not capsys.readouterr().out
+    assert moved[-1] == "disback.json" and moved.count("disback.json") == 2  # all else is there
+    card.write_text(card.read_text().replace("one step", "a step"))
+    generate.export(tmp_path, base, 0, base="", timestep=3, size=8)
+    assert "timesteps=[2]" in card.read_text()
+    assert f"{card} was edited, and is kept: remove it" in capsys.readouterr().out
 
 
 def test_a_disk_that_is_full_at_the_end_is_told_and_keeps_what_was_there(
@@ -370,8 +376,10 @@ def test_a_dry_run_says_whose_numbers_it_prints_and_heeds_the_size_of_any_model(
     assert tiny == problem.dry_run(settings.TINY) != problem.dry_run(larger)
     assert "261,684 parameters" in tiny and "note" not in tiny
     monkeypatch.setattr(memory, "BASE", json.loads((mine / "unet/config.json").read_text()))
-    assert "no/such/place is no folder here; these are SDXL base's" in problem.dry_run(
-        replace(settings.FULL, model="no/such/place", nodes=3))
+    assert "some/model is no folder here; these are SDXL base's" in problem.dry_run(
+        replace(settings.FULL, model="some/model", nodes=3))
+    for place in ("/no/where", str(mine / "unet"), str(mine / UNET), "https://host/owner/model"):
+        assert place in refusal(problem.dry_run, replace(settings.FULL, model=place))
 
 
 def test_the_settings_are_there_without_the_libraries_that_take_seconds_to_load(monkeypatch):

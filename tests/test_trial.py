@@ -448,12 +448,14 @@ def test_what_a_users_model_in_the_cache_lacks_is_no_reason_to_remove_it(tmp_pat
     assert "the hub's owner/model has no such file, or was fetched in part" in line
 
 
-@pytest.mark.parametrize("steps, said", [(30, "iteration 20, the run goes on to 30"), (20, "")])
+@pytest.mark.parametrize("steps, of, said", [
+    (30, {}, "iteration 20, the run goes on to 30"), (20, {}, ""), (20, {"iteration": 20}, ""),
+    (20, {"iteration": 10}, "iteration 10, the run goes on to 20")])  # the export was cut off
 def test_a_student_of_before_the_run_was_prolonged_is_told_to_be_one(
-        tmp_path, capsys, monkeypatch, steps, said):
+        tmp_path, capsys, monkeypatch, steps, of, said):
     files.save_json(tmp_path / "metrics.json", {"steps": 20})
     files.save_json(tmp_path / "config.json", {"backtrack": {"backtrack_steps": steps}})
-    about = {"base": None, "timestep": 399, "size": 8}
+    about = {"base": None, "timestep": 399, "size": 8} | of
     files.save_json(tmp_path / "student" / "disback.json", about)
     generate.find(str(tmp_path))
     err = capsys.readouterr().err
