@@ -54,8 +54,9 @@ def enter(stage: str, args: Any) -> None:
     if stage == "backtrack" and (args.target == "path" or args.fake_init == "degraded"):
         records.must_be_recorded(args.path or out / "path", args.resume)
         path = read_path(args.path or out / "path", known)
-        if vars(args).get("config.nodes", nodes := len(path) - 1) != nodes:
-            print(f"note: --nodes {args.config.nodes} changes nothing: {path.folder} has {nodes}")
+        wanted, nodes = vars(args).get("config.nodes"), len(path) - 1
+        if wanted not in (None, nodes) and ranks.rank() == 0:
+            print(f"note: --nodes {wanted} changes nothing: {path.folder} has {nodes}")
     elif stage == "backtrack" and args.path:
         raise Refusal(f"--path {args.path} is of no use to --target teacher alone: leave it out")
     if stage == "backtrack" and args.compare:
@@ -182,8 +183,7 @@ def claim(args: Any, problem: Problem, stage: str, settings: dict, need: int) ->
 
 
 def check_state(out: Path, stage: str, known: dict, taken: list[Path]) -> None:
-    """Refuse to go on where there is no checkpoint, or one of other flags; `taken` are a run's
-    files that are there."""
+    """Refuse to go on without a checkpoint, or with one of other flags; `taken`: own() files."""
     file = (out / "path" if stage == "degrade" else out) / "state.pt"
     finished = is_finished(out)
     if not file.exists():

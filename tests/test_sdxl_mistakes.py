@@ -296,7 +296,7 @@ def test_a_model_card_that_a_user_has_edited_stays(base, tmp_path, monkeypatch, 
     generate.export(tmp_path, base, 0, base="", timestep=1, size=8)
     generate.export(tmp_path, base, 0, base="", timestep=2, size=16)  # as after --overwrite
     assert "timesteps=[2], height=16" in card.read_text() and not capsys.readouterr().out
-    assert moved[-1] == "disback.json" and moved.count("disback.json") == 2  # all else is there
+    assert moved[-1] == "disback.json"  # once all else is there
     card.write_text(card.read_text().replace("one step", "a step"))
     generate.export(tmp_path, base, 0, base="", timestep=3, size=8)
     assert "timesteps=[2]" in card.read_text()

@@ -518,9 +518,10 @@ def test_a_number_of_a_runs_config_that_cannot_be_is_said_to_be_there(tmp_path):
 
 
 def test_a_number_of_nodes_that_the_path_has_not_is_no_use_and_said_to_be(
-        capsys, recorded, tmp_path):
+        capsys, monkeypatch, recorded, tmp_path):
     argv = ["toy2d", *BACKTRACK, "--path", str(recorded / "path"), "--out", str(tmp_path / "new")]
-    for count, said in ((2, True), (4, False)):
+    for count, rank, said in ((2, 0, True), (4, 0, False), (2, 1, False)):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
         args, module = cli.parse("backtrack", "", [*argv, "--nodes", str(count)], backtrack.FLAGS)
         args.writes = folder.writes("backtrack", module.WRITES)
         folder.enter("backtrack", args)
