@@ -27,10 +27,12 @@ def ready(net: nn.Module, args: Any, blocks: tuple[type, ...], compiled: bool = 
 
 
 def in_shards(net: nn.Module, state: dict, prefix: str, *rest: Any) -> None:
-    """Before weights are loaded: those that are whole become this rank's shards of them."""
+    """Before weights are loaded: those that are whole become this rank's shards of them. A name
+    that the state dict of `net` has not is of what is frozen, in shards already, or a wrong one."""
     own = net.state_dict()
     for name, tensor in state.items():
-        state[name] = sharded_like(tensor, own[name.removeprefix(prefix)])
+        if (like := own.get(name.removeprefix(prefix))) is not None:
+            state[name] = sharded_like(tensor, like)
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -69,3 +69,18 @@ def two_ranks(code):
                      MASTER_ADDR="localhost", MASTER_PORT=str(port)) for rank in range(2)]
     said, codes = zip(*(rank.ended() for rank in ranks))
     return "".join(said), [*codes]
+
+
+def stages(*words, first=""):
+    """Code that runs stages (name, *argv) without figures; `first` comes before them."""
+    argv = [[str(word) for word in stage] for stage in words]
+    return f"""
+import os, sys
+import backtrack, degrade, disback
+from runtime import cli, files, place, ranks, results, run
+from toy2d import figures
+figures.draw = lambda *args: None
+{first}
+for name, *argv in {argv!r}:
+    dict(degrade=degrade, backtrack=backtrack)[name].main(argv)
+"""

@@ -9,28 +9,13 @@ import torch
 import torch.distributed as dist
 from conftest import BACKTRACK, DEGRADE, read, refusal
 from PIL import Image
-from processes import Started, two_ranks
+from processes import Started, stages, two_ranks
 from safetensors.torch import load_file
 
 import backtrack
 import degrade
 import disback
 from runtime import place, ranks
-
-
-def stages(*words, first=""):
-    """Code that runs stages (name, *argv) without figures; `first` comes before them."""
-    argv = [[str(word) for word in stage] for stage in words]
-    return f"""
-import os, sys
-import backtrack, degrade, disback
-from runtime import cli, files, place, ranks, results, run
-from toy2d import figures
-figures.draw = lambda *args: None
-{first}
-for name, *argv in {argv!r}:
-    dict(degrade=degrade, backtrack=backtrack)[name].main(argv)
-"""
 
 
 def weights(out):
@@ -320,6 +305,24 @@ def test_weights_are_loaded_into_shards_strictly(one_rank):
         with pytest.raises(ValueError, match="it lacks .* and has "):
             disback.load_strictly(net, wrong)
         assert torch.equal(place.gathered(net.state_dict()["weight"]), weights["weight"])
+
+
+def test_what_is_frozen_and_in_no_file_stays_as_it_is_in_shards(one_rank):
+    """As LoRA's base."""
+    from sdxl import model, tiny
+
+    net = model.Denoiser(tiny.unet(), torch.linspace(0.03, 14.6, 1000), 32)
+    net.unet.conv_in.requires_grad_(False)
+    frozen = net.unet.conv_in.weight.clone()
+    state = {name: 2 * weight for name, weight in net.state_dict().items()}
+    assert "unet.conv_in.weight" not in state
+    place.ready(net, SHARD, ())
+    disback.load_strictly(net, state)
+    assert torch.equal(place.gathered(net.unet.conv_in.weight), frozen)
+    for name, weight in net.state_dict().items():
+        assert torch.equal(place.gathered(weight), state[name])
+    with pytest.raises(ValueError, match="it lacks .* and has .*more"):
+        disback.load_strictly(net, state | {"more": frozen})
 
 
 def test_an_answer_in_shards_is_of_the_weights_as_they_are_now(one_rank):

@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import make, refusal, same
 from diffusers import UNet2DConditionModel
+from processes import stages, two_ranks
+from safetensors.torch import load_file
 
 import backtrack
 import degrade
@@ -146,3 +148,33 @@ def test_both_stages_run_resume_and_serve_the_sum_of_base_and_adapters(
 
 
 NAME = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_v.weight"
+
+
+def test_sharded_adapters_learn_what_accumulation_does_on_one_rank_and_resume(
+        peft, tmp_path, monkeypatch):
+    """Of a UNet of few tensors. What is frozen is in no file, and in shards all the same."""
+    monkeypatch.setattr("sdxl.figures.draw", lambda *args: None)
+    pipe = tiny.pipeline()
+    pipe.unet = UNet2DConditionModel.from_config(dict(pipe.unet.config) | dict(
+        block_out_channels=(16,), attention_head_dim=2, transformer_layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",), mid_block_type=None,
+        up_block_types=("UpBlock2D",)))
+    pipe.save_pretrained(tmp_path / "model")
+    flags = ["sdxl", "--rank", "2", "--model", str(tmp_path / "model"), "--prompts",
+             str(tmp_path / "two.txt"), "--batch", "2", "--save-every", "1"]
+    record = ["degrade", *flags, "--nodes", "2", "--steps", "2"]
+    walk = ["backtrack", *flags, "--interval", "1", "--fake-updates", "2", "--steps"]
+    two, one = tmp_path / "two", tmp_path / "one"
+    said, codes = two_ranks(stages(
+        [*record, "--shard", "--out", two], [*walk, 1, "--shard", "--out", two],
+        [*walk, 2, "--shard", "--resume", "--out", two],
+        first="from sdxl import figures; figures.draw = lambda *args: None"))
+    assert codes == [0, 0], said
+    degrade.main([*record[1:], "--accumulate", "2", "--out", str(one)])
+    backtrack.main([*walk[1:], "2", "--accumulate", "2", "--out", str(one)])
+    for name in ("path/02.safetensors", "student.safetensors"):
+        found, expected = load_file(two / name), load_file(one / name)
+        assert found.keys() == expected.keys()
+        found, expected = (torch.cat([weight.flatten().float() for weight in state.values()])
+                           for state in (found, expected))
+        assert (found - expected).norm() < 1e-2 * expected.norm(), name
