@@ -46,7 +46,7 @@ class Recorder:
 
     def close(self, **about: object) -> disback.DegradationPath:
         """Thin to N + 1 nodes, number them, write path.json with `about` as well, and open it."""
-        assert self.kept[-1][0] == max(self.candidates), "every step must be offered"
+        assert {step for step, _ in self.kept} == self.candidates, "every step must be offered"
         while len(self.kept) > self.nodes + 1:
             at = [position for _, position in self.kept]
             crowded = min(range(1, len(at) - 1), key=lambda i: at[i + 1] - at[i - 1])

@@ -65,10 +65,11 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
             end(2, str(error))
         if not isinstance(error, Refusal | OSError):
             raise
-        end(2, errors.in_words(error))
+        end(2, str(error) if isinstance(error, Refusal) else errors.in_words(error))
     finally:
         folder.leave()
-        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop
+        for number in (signal.SIGINT, signal.SIGTERM):
+            atexit.register(signal.signal, number, signal.SIG_IGN)  # nothing is left to stop
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -85,6 +85,7 @@ class Problem:
     guide_evals: int = 1  # forwards of the network in a call of guide
     clip: float = math.inf  # the largest norm of a gradient
     disk: int = 0  # bytes that must be free before a path is recorded, where nodes are not whole
+    exported: int = 0  # bytes that the end writes of the student, beside its weights
     pack: Callable = nn.Module.state_dict  # net -> the tensors that are stored of a node
     load_node: Callable | None = None  # (node's file, net), where pack stores something else
     blocks: tuple[type, ...] = ()  # kinds of layers that are sharded and compiled one at a time

@@ -42,17 +42,18 @@ class Run:
 
     def room(self, problem: Problem) -> int:
         """Bytes that the folder must have: for node 0, 2N candidates and two checkpoints of stage
-        1; or for two of stage 2, as one is written beside the other. Adam has two numbers for each
-        that it learns."""
+        1; or for two of stage 2, as one is written beside the other, or for one and the student.
+        Adam has two numbers for each that it learns."""
         if self.step == getattr(self.config, f"{self.stage}_steps"):
             return LOG
         if self.stage == "degrade":
             whole = sum(weight.nbytes for weight in problem.teacher.state_dict().values())
             return LOG + (problem.disk or whole * (7 + 2 * self.config.nodes))
-        count = sum(p.numel() for net in self.nets.values() for p in net.parameters())
+        count = sum(w.numel() for net in self.nets.values() for w in net.state_dict().values())
         learnt = sum(p.numel() for name in self.optimizers for p in self.nets[name].parameters()
                      if p.requires_grad)
-        return LOG + 4 * 2 * (count + 2 * learnt)
+        checkpoint = 4 * (count + 2 * learnt)
+        return LOG + checkpoint + max(checkpoint, problem.exported)
 
     @property
     def seconds(self) -> float:

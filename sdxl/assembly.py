@@ -39,6 +39,7 @@ def make(config: Config, seed: int = 0,
     bank = text.embed(folder, prompts, cache, device)
     teacher, sigmas = as_denoiser(*model.load(folder), config, device)
     vae = model.load_part(AutoencoderKL, folder, "vae")  # now: the figures come after days
+    whole = 8 * sum(p.numel() for p in teacher.parameters())  # twice in float32
     made = assemble(config, seed, device, teacher, sigmas, bank,
                     config.size // layout.vae_scale(folder))
     shown = made.snapshot()
@@ -58,7 +59,7 @@ def make(config: Config, seed: int = 0,
     about = made.about | {
         "model_sha256": hashlib.sha256("".join(hashes).encode()).hexdigest(),
         "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
-    return replace(made, about=about, draw=draw)
+    return replace(made, about=about, draw=draw, exported=whole)
 
 
 def assemble(config: Config, seed: int, device: torch.device | str, teacher: model.Denoiser,

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline
 from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCardData, snapshot_download
 from PIL import Image
+from tqdm import tqdm
 
 import disback
 from runtime import command, files, pictures, ranks, records, results
@@ -62,7 +63,8 @@ def main(argv: list[str]) -> None:
     size = ranks.world_size()  # the ranks share batches; the last picture fills up the last one
     batch, count = (-(-n // size) * size for n in (args.batch, len(jobs)))
     parts = torch.arange(count).clamp(max=len(jobs) - 1).split(batch)
-    images = [Image.fromarray(image.numpy()) for part in parts for image in numbered(part)]
+    images = [Image.fromarray(image.numpy()) for part in tqdm(
+        parts, unit="batch", disable=ranks.rank() > 0) for image in numbered(part)]
     del images[len(jobs):]
     for file, image in zip(names, images):
         pictures.save(file, image)
@@ -87,7 +89,7 @@ def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeli
         pipe = StableDiffusionXLPipeline.from_pretrained(
             folder, unet=unet, vae=model.load_part(AutoencoderKL, folder, "vae"),
             **text.encoders(folder))
-        text.must_read_77(pipe)
+        text.must_fit_together(pipe)
         side = unet.config.sample_size
         must(type(side) is int and 0 < side < 2**13, f"the UNet's sample_size is {side!r}")
         about.setdefault("size", side * layout.vae_scale(folder))

@@ -87,7 +87,7 @@ def find(model: str, cache: Path, flag: str = "--model", parts: Collection[str] 
         raise disback.Refusal(
             f"{model} is a single file: convert it by diffusers, StableDiffusionXLPipeline."
             f"from_single_file(FILE).save_pretrained(FOLDER), and name that folder by {flag}")
-    takes = f"{flag} takes the folder of an SDXL pipeline in diffusers' layout"
+    takes = f"{flag} takes OWNER/NAME of the hub, or an SDXL pipeline's folder as diffusers has it"
     wanted = ", ".join([*TEXTS, *(f"{part}/{PARTS[part]}.safetensors" for part in parts),
                         "tokenizer/* and tokenizer_2/*"])
     if not folder.is_dir():

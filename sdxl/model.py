@@ -99,13 +99,15 @@ def must_be_sdxl(folder: Path, flag: str = "--model") -> None:
         if config.get(name, of_sdxl) != of_sdxl:
             raise disback.Refusal(f"{folder} has a UNet with {name} {config[name]}, not {of_sdxl}: "
                                   f"name an SDXL base model by {flag}")
-    pooled = files.load_json(folder / "text_encoder_2" / "config.json",
-                             layout.again(folder))
-    with files.blame(f"{folder / 'unet' / 'config.json'} does not fit its text_encoder_2"):
+    first, second = (files.load_json(folder / part / "config.json", layout.again(folder))
+                     for part in ("text_encoder", "text_encoder_2"))
+    with files.blame(f"{folder / 'unet' / 'config.json'} does not fit its text encoders"):
         must(config["projection_class_embeddings_input_dim"] ==
-             6 * config["addition_time_embed_dim"] + pooled["projection_dim"],
+             6 * config["addition_time_embed_dim"] + second["projection_dim"],
              "projection_class_embeddings_input_dim must be 6 * addition_time_embed_dim + "
              "projection_dim")
+        must(config["cross_attention_dim"] == first["hidden_size"] + second["hidden_size"],
+             "cross_attention_dim must be the sum of their hidden_size")
     load_sigmas(folder, flag)
 
 

@@ -60,7 +60,7 @@ def encode(folder: Path, prompts: list[str], device: torch.device | str) -> dict
                      f"{layout.again(folder)}"):
         pipe = StableDiffusionXLPipeline.from_pretrained(
             folder, unet=None, vae=None, **encoders(folder)).to(device)
-        must_read_77(pipe)
+        must_fit_together(pipe)
     note_long(prompts, pipe.tokenizer)
     parts = [pipe.encode_prompt(prompts[i:i + 16], do_classifier_free_guidance=False)
              for i in range(0, len(prompts), 16)]
@@ -72,9 +72,15 @@ def encode(folder: Path, prompts: list[str], device: torch.device | str) -> dict
     return bank
 
 
-def must_read_77(pipe: StableDiffusionXLPipeline) -> None:
-    """Fail where a tokenizer does not fill or cut a prompt to CLIP's 77 tokens."""
-    for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
+def must_fit_together(pipe: StableDiffusionXLPipeline) -> None:
+    """Fail where a tokenizer does not fill or cut a prompt to CLIP's 77 tokens, or its encoder does
+    not read as many, or all its words."""
+    for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder),
+                               (pipe.tokenizer_2, pipe.text_encoder_2)):
+        reads, words = encoder.config.max_position_embeddings, encoder.config.vocab_size
+        must(reads >= 77 and words >= len(tokenizer),
+             f"an encoder reads {reads} tokens of {words} words, its tokenizer writes 77 of "
+             f"{len(tokenizer)}")
         must(tokenizer.model_max_length == 77 and tokenizer.pad_token is not None,
              f"tokenizer_config.json: model_max_length {tokenizer.model_max_length}, pad_token "
              f"{tokenizer.pad_token}")

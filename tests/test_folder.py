@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import backtrack
 import degrade
 import disback
-from runtime import command, files, folder
+from runtime import command, files, folder, run
 
 
 def everything(out):
@@ -328,14 +328,16 @@ def test_sigterm_outside_the_loops_ends_in_a_line_and_lets_go_of_the_folder(
     assert not list(tmp_path.iterdir())
 
 
-def learnt(file):
-    """Bytes of what is learnt of a file's weights, in fp32."""
-    return sum(w.numel() * 4 for name, w in load_file(file).items() if "net" in name)
-
-
 def room_of_stage_2(run):
-    """Student and fake, with two moments each, and the average, all of it twice."""
-    return 2 * (3 * learnt(run / "path/00.safetensors") + 4 * learnt(run / "student.safetensors"))
+    """Student and fake, with two moments each, and the average, in fp32, all of it twice."""
+    fake, student = (load_file(run / file) for file in (
+        "path/00.safetensors", "student.safetensors"))
+    moments = 2 * (count(fake) + count(student) - student["centre"].numel())
+    return 2 * 4 * (count(fake) + 2 * count(student) + moments)
+
+
+def count(weights):
+    return sum(weight.numel() for weight in weights.values())
 
 
 @pytest.mark.parametrize("stage", ["degrade", "backtrack"])
@@ -344,7 +346,8 @@ def test_a_disk_without_room_for_a_stage_is_refused_before_its_first_step(
     """Of weights: node 0 and 2N candidates, and with two moments twice; 10 MB for all else."""
     nodes = len(list((completed / "path").glob("*.safetensors"))) - 1
     main, argv = degrade.main, ["toy2d", "--out", tmp_path / "run", *DEGRADE]
-    need = 10**7 + learnt(completed / "path/00.safetensors") * (1 + 2 * nodes + 6)
+    whole = 4 * count(load_file(completed / "path/00.safetensors"))
+    need = 10**7 + whole * (1 + 2 * nodes + 6)
     if stage == "backtrack":
         main, need = backtrack.main, 10**7 + room_of_stage_2(completed)
         argv = ["toy2d", "--out", tmp_path / "run", *BACKTRACK, "--path", completed / "path"]
@@ -353,6 +356,25 @@ def test_a_disk_without_room_for_a_stage_is_refused_before_its_first_step(
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda place: SimpleNamespace(free=need))
     main([str(word) for word in argv])
+
+
+@pytest.mark.parametrize("exported", [0, 10**6])
+def test_what_is_frozen_and_in_no_checkpoint_needs_no_room_but_what_is_exported_does(exported):
+    """Of 5 numbers 2 are learnt, with two moments each."""
+    net = torch.nn.Linear(1, 2)
+    net.extra = torch.nn.Linear(1, 2, bias=False).requires_grad_(False)
+    net.bias.requires_grad_(False)
+
+    def leave_out(net, state, *_):
+        del state["extra.weight"], state["bias"]
+
+    net.register_state_dict_post_hook(leave_out)
+    made = run.Run.__new__(run.Run)
+    made.stage, made.step, made.config = "backtrack", 0, SimpleNamespace(backtrack_steps=1)
+    made.nets, made.optimizers = {"student": net}, {"student": None}
+    checkpoint = 4 * (2 + 2 * 2)
+    assert made.room(SimpleNamespace(exported=exported)) == 10**7 + (
+        checkpoint + max(checkpoint, exported))
 
 
 def test_what_a_run_holds_already_needs_no_room_again(refused, finished, monkeypatch):

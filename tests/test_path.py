@@ -152,6 +152,17 @@ def test_arc_spacing_writes_twice_as_many_states_and_thins_them_in_the_end(tmp_p
     assert len(recorder.close()) == len(list(tmp_path.glob("*.safetensors"))) == 1 + 5
 
 
+@pytest.mark.parametrize("left_out", [4, 20])
+def test_a_step_that_was_not_offered_is_missed(tmp_path, left_out):
+    net = Shift()
+    recorder = degrade.Recorder(tmp_path, net, 5, 20, SAMPLES, "linear")
+    for step in range(1, 21):
+        if step != left_out:
+            recorder.offer(net, step)
+    with pytest.raises(AssertionError, match="every step must be offered"):
+        recorder.close()
+
+
 @pytest.mark.parametrize("spacing", ["linear", "log", "arc"])
 @pytest.mark.parametrize("nodes, steps", [(1, 1), (1, 9), (7, 7), (3, 50)])
 def test_every_spacing_records_as_many_nodes_as_asked_for(tmp_path, spacing, nodes, steps):

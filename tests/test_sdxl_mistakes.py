@@ -18,6 +18,7 @@ from conftest import edit, make, refusal
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import backtrack
 import degrade
@@ -78,7 +79,7 @@ def test_a_model_that_is_not_sdxl_is_refused_before_its_text_encoders_are_read(m
     assert "in_channels 9, not 4: name" in refusal(make, problem, "tiny", model=str(mine))
     edit(mine / "unet" / "config.json", in_channels=4, addition_time_embed_dim=256)
     line = refusal(make, problem, "tiny", model=str(mine))
-    assert "unet/config.json does not fit its text_encoder_2" in line
+    assert "unet/config.json does not fit its text encoders" in line
 
 
 def test_a_tokenizer_is_one_file_or_two_and_is_missed_before_anything_is_computed(mine):
@@ -102,6 +103,19 @@ def test_a_tokenizer_that_does_not_cut_to_77_tokens_is_refused(mine, base, tmp_p
         text.embed, mine, ["a dog"], tmp_path)
     assert f"{mine} is no SDXL pipeline: fetch" in refusal(
         generate.load, str(base / "unet" / "diffusion_pytorch_model.safetensors"), str(mine))
+
+
+@pytest.mark.parametrize("part, changes, cause", [
+    ("text_encoder", {"hidden_size": 24}, "does not fit its text encoders"),
+    ("text_encoder", {"max_position_embeddings": 60}, "reads 60 tokens of 600 words"),
+    ("text_encoder_2", {"vocab_size": 517}, "reads 77 tokens of 517 words, its tokenizer writes 77 "
+     "of 518")])
+def test_a_text_encoder_that_does_not_fit_the_rest_is_refused(mine, base, part, changes, cause):
+    config = CLIPTextConfig.from_pretrained(base / part)
+    kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
+    kind(CLIPTextConfig(**config.to_dict() | changes)).save_pretrained(mine / part)
+    assert cause in refusal(make, problem, "tiny", model=str(mine))
+    assert cause in refusal(generate.load, str(base / UNET), str(mine))
 
 
 @pytest.mark.parametrize("factor", ["0.13", None, 0, 1e-30, True])
@@ -240,7 +254,7 @@ def test_what_generate_cannot_use_is_refused(offline, base, tmp_path):
     ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "v_prediction"),
     ("scheduler/scheduler_config.json", {"num_train_timesteps": 100}, "num_train_timesteps"),
     ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "not SDXL"),
-    ("unet/config.json", {"addition_time_embed_dim": None}, "does not fit its text_encoder_2"),
+    ("unet/config.json", {"addition_time_embed_dim": None}, "does not fit its text encoders"),
     ("unet/config.json", {"sample_size": 16.5}, "sample_size is 16.5"),
     ("unet/config.json", {"sample_size": -16}, "sample_size is -16")])
 def test_a_base_of_another_kind_serves_no_student(mine, base, name, change, cause):

@@ -313,13 +313,14 @@ def test_a_home_of_nobody_is_named(refused, main, words):
     (OSError(28, "No space left", "/c/a"), "/c/a: No space left: make room, or name another cache"),
     (OSError(28, "No space left"), "a file, maybe a temporary one, whose folder TMPDIR names: No"),
     (NotADirectoryError(20, "Not a directory", "a"), "a: Not a directory: move what is there"),
-    (OSError("the host is gone"), "the host is gone")])
+    (OSError("the host is gone"), "the host is gone"),
+    (disback.Refusal("no space (os error 28): make room"), "no space (os error 28): make room\n")])
 def test_what_the_system_refuses_is_said_with_what_helps(refused, monkeypatch, error, words):
     def main(argv):
         raise error
 
     monkeypatch.setenv("DISBACK_CACHE", "/c")
-    assert f"error: {words}" in refused(main, [])
+    assert f"error: {words}" in refused(main, []) + "\n"
 
 
 @pytest.mark.parametrize("argv", [["toy2d"], ["imagenet64"], ["sdxl"]])
