@@ -140,7 +140,8 @@ def config_of(args: argparse.Namespace) -> problem.Config:
     stage = "backtrack" if args.node is None else "degrade"
     file = run / "config.json"
     stages = files.load_json(file, "name a run's folder")
-    remedy = f"run {stage}.py" + ", or name a node by --node" * (args.node is None)
+    remedy = ("run backtrack.py, or name a node by --node" if args.node is None
+              else "name the run that has recorded the path")
     with files.blame(f"{run} holds no stage {stage} of imagenet64: {remedy}"):
         settings = stages[stage]
         folder.must_agree(run, settings, {"problem": "imagenet64"})

@@ -211,8 +211,8 @@ def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
             continue
         if then.get(f"{name}_sha256") and value and Path(value).expanduser().exists():
             continue  # a teacher's or a model's file that was moved: its hash will be looked at
-        why = {"backtrack_steps": "the cosine of its learning rates ends there; only a run with "
-               "--decay constant can be prolonged",
+        why = {"backtrack_steps": "name as many, where the cosine of its learning rates ends; only "
+               "a run with --decay constant can be prolonged",
                "degrade_steps": "its nodes are spread over them", "problem": "name another",
                "path": "it was recorded again since then, or is not the one of then: use that, or "
                "another --out"}.get(name, "use the same flags")

@@ -72,8 +72,9 @@ def assemble(config: Config, seed: int, device: torch.device | str, teacher: mod
     sample_inputs = partial(draw_inputs, bank=bank, shape=(4, side, side))
     torch.manual_seed(seed)  # the snapshots' noise and prompts, which the figures use as well
     shown = sample_inputs(SHOWN)
+    of_path = (*OF_PATH, "precision") if config.rank else OF_PATH  # adapters start in its numbers
     return interface.Problem(
-        config=config, about={name: getattr(config, name) for name in OF_PATH},
+        config=config, about={name: getattr(config, name) for name in of_path},
         teacher=teacher, student=copy.deepcopy(teacher), generate=step,
         sample_inputs=sample_inputs,
         sample_sigma=lambda n: sigmas[torch.randint(1000, (n, 1, 1, 1), device=device)],

@@ -64,6 +64,7 @@ def test_adapters_start_as_nothing_and_are_all_that_is_trained_and_saved(peft):
         tiny.unet(), 4) == sum(t.numel() for t in lora.teacher.state_dict().values())
     assert {p.dtype for p in trained(lora.teacher)} == {torch.float32}
     assert lora.teacher.unet.conv_in.weight.dtype == torch.bfloat16
+    assert lora.about["precision"] == "bf16" and "precision" not in whole.about
     exact = make(problem, "tiny", rank=4).teacher
     z, cond = whole.sample_inputs(2)
     sigma = whole.sample_sigma(2)

@@ -1,6 +1,7 @@
 """The figures of a run, drawn from its folder alone; README.md beside this file explains them."""
 
 import functools
+import textwrap
 from pathlib import Path
 
 import torch
@@ -141,8 +142,9 @@ def draw_path(file: Path, nodes: list[Tensor], snapshots: list, points: Tensor,
             axis.plot(*x.T, ".", color=color, markersize=1)
             axis.set_title(title, fontsize=9)
             axis.set(xlim=limits, ylim=limits, xticks=[], yticks=[], aspect="equal")
-    figure.suptitle("Orange: samples of each node, the path on which the teacher degrades.   "
-                    "Blue: the student on the way back.   Grey: data", fontsize=11)
+    said = ("Orange: samples of each node, the path on which the teacher degrades.   "
+            "Blue: the student on the way back.   Grey: data")
+    figure.suptitle(textwrap.fill(said, 22 * columns), fontsize=11)  # 22 letters fill a column
     save(figure, file)
 
 

@@ -22,7 +22,7 @@ class Config(interface.Config):
     """The toy's own settings. Values without a source were tuned on the ring, see README.md."""
 
     data: Literal["ring", "grid", "uneven", "ring4", "ring16"] = setting(
-        "ring", "the mixture, see mixture.py")
+        "ring", "the mixture, see mixture.py; --preset sets what else goes with it")
     start: Literal["off", "teacher"] = setting(
         "off", "untrained and off the data, or the teacher's copy")
     distance: float = setting(
