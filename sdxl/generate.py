@@ -115,7 +115,8 @@ def find(student: str) -> tuple[Path, dict]:
         return place, about
     if place.is_dir():
         raise disback.Refusal(f"{place} holds no student: name the folder of a run of sdxl whose "
-                              "backtrack.py has ended (--resume ends it), or a file of a UNet's weights")
+                              "backtrack.py has ended (--resume ends it), or a file of a UNet's "
+                              "weights")
     raise disback.Refusal(f"{student} is not here: run degrade.py sdxl and backtrack.py sdxl, or "
                           "name another run or file by --student")
 
