@@ -40,6 +40,9 @@ def main(argv: list[str]) -> None:
     pictures.must_be_ours(file, "--to")
     if not 0 <= args.seed < 2**63 - args.images:
         command.refuse("--seed must be at least 0, and --seed + --images below 2**63")
+    network = problem.NETWORKS[config_of(args).images]
+    pixels = network["img_channels"] * network["img_resolution"]**2
+    files.must_take_files(file.parent, "--to", args.images * pixels)  # a byte for each
     ranks.join_ranks()
     with ranks.first_rank_first():
         sample, _ = source(args, args.classes)

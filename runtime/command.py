@@ -147,14 +147,14 @@ def count(text: str) -> int:
 def check_compiler(on_gpu: bool) -> None:
     """Refuse --compile where the compiler of what torch generates is missing: Triton's of C on a
     GPU, Inductor's of C++ on a CPU."""
-    if on_gpu:
-        found, kind, usual = [os.environ.get("CC") or "gcc", "clang"], "C", "gcc"
-    else:
-        usual = "clang++" if sys.platform == "darwin" else "g++"
-        found, kind = [os.environ.get("CXX", usual)], "C++"
-    if not any(shutil.which(name) for name in found):
-        refuse(f"--compile needs a {kind} compiler and finds no {found[0] or usual}: install "
-               f"{usual}, or use --no-compile")
+    variable, usual, others = "CC", "gcc", ["clang"]
+    if not on_gpu:
+        variable, usual, others = "CXX", "clang++" if sys.platform == "darwin" else "g++", []
+    named = os.environ.get(variable)
+    if not any(shutil.which(name) for name in [usual if named is None else named, *others]):
+        why = (f"finds no {usual}: install it" if named is None
+               else f"{variable} names none, but {named!r}: unset it")
+        refuse(f"--compile needs a compiler and {why}, or use --no-compile")
 
 
 def check_common(args: argparse.Namespace) -> None:

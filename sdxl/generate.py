@@ -90,9 +90,10 @@ def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeli
             folder, unet=unet, vae=model.load_part(AutoencoderKL, folder, "vae"),
             **text.encoders(folder))
         text.must_fit_together(pipe)
-        side = unet.config.sample_size
-        must(type(side) is int and 0 < side < 2**13, f"the UNet's sample_size is {side!r}")
-        about.setdefault("size", side * layout.vae_scale(folder))
+        if "size" not in about:
+            side = unet.config.sample_size
+            must(type(side) is int and 0 < side < 2**13, f"the UNet's sample_size is {side!r}")
+            about["size"] = side * layout.vae_scale(folder)
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
     return (pipe.to(ranks.device(), torch.float16) if torch.cuda.is_available() else pipe), about
@@ -131,7 +132,8 @@ def whole(student: str | Path) -> Path:
 
 def read_about(file: Path) -> dict:
     """What a student says of itself; Refusal where a value cannot be."""
-    remedy = "backtrack.py sdxl --resume writes it again"
+    of_hub = layout.again(file).startswith("remove")
+    remedy = layout.again(file) if of_hub else "backtrack.py sdxl --resume writes it again"
     about = files.load_json(file, remedy)
     good = {"base": lambda base: base is None or isinstance(base, str),
             "timestep": lambda t: type(t) is int and 0 <= t < 1000,

@@ -120,8 +120,9 @@ def find(model: str, cache: Path, flag: str = "--model", parts: Collection[str] 
 def vae_scale(folder: Path) -> int:
     """Pixels, across, of an image for each of its latents."""
     file = folder / "vae" / "config.json"
-    with files.blame(f"{file} is no VAE's: {again(file)}"):
+    with files.blame(f"{file} is no VAE's of SDXL: {again(file)}"):
         config = files.load_json(file, again(file))
         factor = config.get("scaling_factor", 1)  # without one diffusers has its own
         must(type(factor) in (int, float) and 1e-6 < factor < 1e6, f"scaling_factor {factor!r}")
+        must(config.get("latent_channels", 4) == 4, "its latents have not SDXL's 4 channels")
         return 2 ** (len(config["block_out_channels"]) - 1)

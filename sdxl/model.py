@@ -89,8 +89,8 @@ def load(folder: Path) -> tuple[UNet2DConditionModel, Tensor]:
 def must_be_sdxl(folder: Path, flag: str = "--model") -> None:
     """Refuse the pipeline of another model, of inpainting or distilled for guidance, or of another
     noise schedule."""
-    kind = files.load_json(folder / "model_index.json", "it is no pipeline").get("_class_name")
-    config = files.load_json(folder / "unet" / "config.json", "it is no UNet's config")
+    kind = files.load_json(folder / "model_index.json", layout.again(folder)).get("_class_name")
+    config = files.load_json(folder / "unet" / "config.json", layout.again(folder))
     added = config.get("addition_embed_type")
     if kind != "StableDiffusionXLPipeline" or added != "text_time":
         raise disback.Refusal(f"{folder} is not SDXL but {kind} (addition_embed_type {added}): "
@@ -138,7 +138,7 @@ def load_sigmas(folder: Path, flag: str = "--model") -> Tensor:
     """Sigma [1000] of the timesteps, ascending, from the scheduler's config; Refusal where that
     leaves something to diffusers' defaults, or has other than 1000 finite ones."""
     file = folder / "scheduler" / "scheduler_config.json"
-    config = files.load_json(file, "it is no scheduler's config", float)  # DPM++ has an infinity
+    config = files.load_json(file, layout.again(file), float)  # DPM++ has an infinity
     other = f"{file} has another noise schedule than SDXL's kind: name an SDXL base by {flag}"
     lacking = {"beta_start", "beta_end", "beta_schedule"} - config.keys()
     if (count := config.get("num_train_timesteps", 1000)) != 1000:

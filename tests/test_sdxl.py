@@ -517,6 +517,12 @@ def test_a_student_that_is_the_teacher_generates_what_the_teacher_would(base, mi
     torch.save(UNet2DConditionModel.from_pretrained(base / "unet").half().state_dict(), file)
     (mine / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     pipe, about = generate.load(str(file), str(mine))
+    edit(mine / "unet" / "config.json", sample_size=[16, 16])  # serves who says his size
+    assert "the UNet's sample_size is [16, 16]" in refusal(generate.load, str(file), str(mine))
+    shutil.copy(file, tmp_path / generate.WEIGHTS)
+    said = {"base": "", "timestep": 7, "size": 48}
+    files.save_json(tmp_path / generate.ABOUT, said)
+    assert generate.load(str(tmp_path), str(mine))[1] == said
     assert about == {"base": generate.BASE, "timestep": 399, "size": 32}
     teacher = model.load(base)[0].half().float().state_dict()
     assert same(pipe.unet.state_dict(), teacher)

@@ -124,6 +124,21 @@ def test_a_vae_whose_scale_cannot_be_is_refused_before_a_run(mine, factor):
     assert "vae/config.json is no VAE's" in refusal(layout.find, str(mine), mine)
 
 
+def test_a_vae_of_other_latents_is_refused_before_a_run(mine):
+    edit(mine / "vae" / "config.json", latent_channels=16)
+    assert "its latents have not SDXL's 4 channels" in refusal(layout.find, str(mine), mine)
+
+
+@pytest.mark.parametrize("name", [
+    "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_a_broken_json_of_a_model_is_told_with_what_helps(mine, name):
+    hub = mine.parent / "models--a--b" / "snapshots" / "1a"
+    shutil.copytree(mine, hub)
+    for there, remedy in ((mine, "fetch it again"), (hub, f"remove {hub.parents[1]}, and it is")):
+        (there / name).write_text("")
+        assert f"{name} cannot be read: {remedy}" in refusal(model.must_be_sdxl, there)
+
+
 @pytest.mark.parametrize("name", ["text_encoder/config.json", "tokenizer/tokenizer.json"])
 def test_broken_text_encoders_and_tokenizers_are_refused_with_the_remedy(mine, tmp_path, name):
     (mine / name).write_text("{")

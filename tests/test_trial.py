@@ -180,6 +180,10 @@ def test_what_cannot_be_written_is_not_computed(refused, monkeypatch, tmp_path):
     mine = file.rename(tmp_path / "mine.png")
     assert f"{mine} is in the way: name another --to" in refused(sample.main, ["run", "--to", mine])
     mine.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(errors.shutil, "disk_usage", lambda _: SimpleNamespace(free=10 * 64 - 1))
+        line = refused(sample.main, ["teacher", "--images", 10, "--to", tmp_path / "x.npz"])
+        assert "MB of free space: make room, or name another --to" in line  # of 8 x 8, a byte each
     monkeypatch.setattr(os, "access", lambda place, mode: pathlib.Path(place) != tmp_path)
     assert f"denied: {tmp_path}: " in refused(fid.main, [tmp_path])
     for main, words in ((generate.main, ["cat"]), (gallery.main, ["vsd"])):
@@ -422,6 +426,10 @@ def test_a_student_from_the_hub_says_what_it_is_as_one_here_does(tmp_path, monke
     file, found = generate.find("owner/student")
     assert file == tmp_path / "snapshots" / "1a" / "SDXL_DisBack.bin" and file.is_file()
     assert found == (about or {"base": generate.BASE, "timestep": 399})
+    for place, remedy in ((tmp_path / "run", "backtrack.py sdxl --resume"), (
+            tmp_path / "models--a--b" / "snapshots", "remove")):
+        files.save_json(place / "disback.json", {"base": 3})
+        assert f"which cannot be: {remedy}" in refusal(generate.find, str(place))
     assert not (file.parent / "README.md").exists()
 
 
