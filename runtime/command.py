@@ -5,8 +5,8 @@ import atexit
 import contextlib
 import ctypes
 import os
-import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -144,6 +144,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def runs(program: str) -> bool:
+    """Whether there is such a program, which does what it is asked for, as torch will ask."""
+    with contextlib.suppress(OSError):
+        return not subprocess.run([program, "--version"], capture_output=True).returncode
+    return False
+
+
 def check_compiler(on_gpu: bool) -> None:
     """Refuse --compile where the compiler of what torch generates is missing: Triton's of C on a
     GPU, Inductor's of C++ on a CPU."""
@@ -151,7 +158,7 @@ def check_compiler(on_gpu: bool) -> None:
     if not on_gpu:
         variable, usual, others = "CXX", "clang++" if sys.platform == "darwin" else "g++", []
     named = os.environ.get(variable)
-    if not any(shutil.which(name) for name in [usual if named is None else named, *others]):
+    if not any(map(runs, [usual if named is None else named, *others])):
         why = (f"finds no {usual}: install it" if named is None
                else f"{variable} names none, but {named!r}: unset it")
         refuse(f"--compile needs a compiler and {why}, or use --no-compile")

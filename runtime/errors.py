@@ -80,7 +80,7 @@ def must_take_files(folder: pathlib.Path, flag: str, room: int = 0) -> None:
     if not there.is_dir():
         raise Refusal(f"{there} is no folder: name another {flag}")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise Refusal(f"permission denied: {there}: name another {flag}")
+        raise Refusal(f"permission denied: {there}: change its mode, or name another {flag}")
     if room and shutil.disk_usage(there).free < room:
         raise Refusal(f"{there} has less than {room / 1e6:g} MB of free space: make room, or name "
                       f"another {flag}")

@@ -38,6 +38,8 @@ def enter(stage: str, args: Any) -> None:
     """Before anything is trained: refuse a folder of no use, and keep other processes out of it."""
     out = args.out
     for place in sorted({out, *(Path(out, name).parent for name in args.writes)}):
+        if place.resolve() != out.resolve() / place.relative_to(out):
+            raise Refusal(f"{place} is a link: put a folder in its place, or name another --out")
         files.must_take_files(place, "--out")
     if ranks.rank() == 0:
         lock(out)  # first: what is there may be another's, under way
@@ -79,8 +81,7 @@ def lock(out: Path) -> None:
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        raise Refusal(f"another process is at work in {out}: wait for it, or name another --out"
-                      ) from error
+        raise Refusal(f"another process works in {out}: wait, or name another --out") from error
     except OSError:  # a file system without locks
         pass
     HELD.append((file, handle, new))
@@ -120,9 +121,8 @@ def refuse_taken(stage: str, args: Any) -> None:
     for other in {about["problem"] for about in stages.values()} - {args.problem}:
         raise Refusal(f"{out} holds a run of {other}: name another --out")
     for file in taken:
-        if file.is_dir() or file.parent.resolve() != out.resolve() / file.parent.relative_to(out):
-            raise Refusal(f"{file} was not made by a run, it is a folder or beyond a link: name "
-                          "another --out")
+        if file.is_dir():
+            raise Refusal(f"{file} was not made by a run, it is a folder: name another --out")
     if not taken or args.resume or args.overwrite and stages:
         return
     begun = any((out / name).exists() for name in (

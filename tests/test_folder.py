@@ -111,7 +111,7 @@ time.sleep(300)
     for main, flags in ((degrade.main, DEGRADE), (backtrack.main, BACKTRACK)):
         for more in ([], ["--overwrite"], ["--resume"]):  # also where there is nothing to resume
             line = refused(main, [*argv, *flags, *more])
-            assert "another process is at work" in line and "--overwrite" not in line
+            assert "another process works in" in line and "--overwrite" not in line
     assert everything(out) == before
     first.process.kill()
     first.ended()
@@ -298,11 +298,12 @@ def test_compiling_without_a_compiler_is_refused_at_once(refused, monkeypatch, n
     (False, "gcc", {}, "finds no g++"), (False, "cc", {"CC": "cc"}, "finds no g++"),
     (False, "g++", {"CXX": "no"}, "CXX names none, but 'no': unset it"),
     (False, "g++", {"CXX": ""}, "CXX names none, but '': unset it"),
+    (False, "fails", {"CXX": "fails"}, "CXX names none, but 'fails': unset it"),
     (True, "g++", {}, "finds no gcc"), (False, "my", {"CXX": "my"}, ""), (True, "gcc", {}, ""),
     (True, "clang", {}, ""), (True, "my", {"CC": "my"}, "")])
 def test_the_compiler_that_is_looked_for_is_the_one_that_torch_will_call(
         tmp_path, monkeypatch, on_gpu, there, named, missing):
-    (tmp_path / there).write_text("")
+    (tmp_path / there).write_text(f"#!/bin/sh\nexit {int(there == 'fails')}")
     (tmp_path / there).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("CC", "CXX"):
