@@ -33,6 +33,7 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
         came.append(number)
         raise KeyboardInterrupt
 
+    sys.excepthook = sys.__excepthook__  # what was set for the imports
     with contextlib.suppress(AttributeError):  # of what is no terminal, pipe or file
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the locale cannot write
     sys.stdout, sys.stderr = (Forgiving(stream or open(os.devnull, "w"))  # noqa: SIM115
@@ -158,7 +159,7 @@ def check_compiler(on_gpu: bool) -> None:
     if not on_gpu:
         variable, usual, others = "CXX", "clang++" if sys.platform == "darwin" else "g++", []
     named = os.environ.get(variable)
-    if not any(map(runs, [usual if named is None else named, *others])):
+    if not any(map(runs, [usual, *others] if named is None else [named])):
         why = (f"finds no {usual}: install it" if named is None
                else f"{variable} names none, but {named!r}: unset it")
         refuse(f"--compile needs a compiler and {why}, or use --no-compile")

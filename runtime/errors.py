@@ -41,7 +41,7 @@ def in_words(error: Exception, what: str = "") -> str:
     name, number = getattr(error, "filename", None) or what, getattr(error, "errno", None)
     if told := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors tells it in words
         number = int(told[1])
-    in_cache = cache() + os.sep in f"{name} {what}"
+    in_cache = re.search(rf"(?<!\S){re.escape(cache())}(/|[:;,\s]|$)", f"{name} {what}")
     another = "name another cache by DISBACK_CACHE" if in_cache else "name another place"
     if isinstance(error, FileNotFoundError) and not error.filename:  # safetensors: it cannot read
         name = str(error).partition(": ")[2]

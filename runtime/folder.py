@@ -158,8 +158,8 @@ def claim(args: Any, problem: Problem, stage: str, settings: dict, need: int) ->
     must be free, or held by what is removed or gone on with."""
     if ranks.rank() > 0:
         return ranks.barrier()
-    held = sum(file.lstat().st_size for file in own(args))
-    if shutil.disk_usage(args.out).free + held < need:
+    gone = [args.out / "state.pt"] if args.resume and stage == "backtrack" else own(args)
+    if shutil.disk_usage(args.out).free + sum(file.lstat().st_size for file in gone) < need:
         raise Refusal(f"{args.out} has less than {need / 1e9:.2g} GB of free space: make "
                       "room, or name another --out")
     for file in own(args) if not args.resume else ():
@@ -189,8 +189,8 @@ def check_state(out: Path, stage: str, known: dict, taken: list[Path]) -> None:
     if not file.exists():
         raise Refusal(f"{file} is missing, which --resume needs: " + (
             f"the student is finished, {out}/student.safetensors; name another --out to train one "
-            "again" if finished else "start with --overwrite in its place" if taken else
-            "start without it"))
+            "again" if finished else "start without it" if not taken else "name another --out"
+            + ", or start with --overwrite in its place" * bool(stages_of(out))))
     with files.blame(f"{file} is not a checkpoint of this run: " + (
             "name another --out" if finished else "start with --overwrite in place of --resume")):
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -211,7 +211,7 @@ def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
             continue
         if then.get(f"{name}_sha256") and value and Path(value).expanduser().exists():
             continue  # a teacher's or a model's file that was moved: its hash will be looked at
-        why = {"backtrack_steps": "name as many, where the cosine of its learning rates ends; only "
+        why = {"backtrack_steps": "the cosine of its learning rates ends there: name as many; only "
                "a run with --decay constant can be prolonged",
                "degrade_steps": "its nodes are spread over them", "problem": "name another",
                "path": "it was recorded again since then, or is not the one of then: use that, or "
@@ -220,8 +220,8 @@ def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
             raise Refusal(f"{what} was made with another {name[:-7]}, its files say: use the flags "
                           "of then, which its config.json tells, or another --out")
         called = name if name in ("problem", "path") else flag_of(name)
-        raise Refusal(f"{what} was made with {called} {then.get(name)}, not "
-                      f"{'without' if value in ('', None) else value}: {why}")
+        was, wanted = ("none" if of in ("", None) else of for of in (then.get(name), value))
+        raise Refusal(f"{what} was made with {called} {was}, not {wanted}: {why}")
 
 
 def read_path(folder: Path, known: dict, load_node: Any = None) -> DegradationPath:

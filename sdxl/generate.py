@@ -111,7 +111,8 @@ def find(student: str) -> tuple[Path, dict]:
         if (folder / ABOUT).is_file():
             about |= read_about(folder / ABOUT)
             records.note_older(folder.parent, about.get("iteration"))
-            return folder / WEIGHTS, about
+            file = folder / WEIGHTS
+            return place if place.is_file() and not file.exists() else file, about
     if place.is_file():
         return place, about
     if place.is_dir():
@@ -132,8 +133,7 @@ def whole(student: str | Path) -> Path:
 
 def read_about(file: Path) -> dict:
     """What a student says of itself; Refusal where a value cannot be."""
-    of_hub = layout.again(file).startswith("remove")
-    remedy = layout.again(file) if of_hub else "backtrack.py sdxl --resume writes it again"
+    remedy = layout.again(file, "backtrack.py sdxl --resume writes it again")
     about = files.load_json(file, remedy)
     good = {"base": lambda base: base is None or isinstance(base, str),
             "timestep": lambda t: type(t) is int and 0 <= t < 1000,
@@ -191,8 +191,8 @@ def export(out: Path, folder: Path, rank: int, **about) -> None:
                            key=lambda made: made.name == ABOUT):  # which says that all is there
             target = out / "student" / made.relative_to(beside)
             if target.name == "README.md" and os.path.lexists(target) and not is_card(target):
-                print(f"note: {target} was edited, and is kept: remove it, and backtrack.py "
-                      "--resume writes one for this student")
+                print(f"note: {target} was edited, or is an earlier version's, and is kept: "
+                      "remove it, and backtrack.py --resume writes one for this student")
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             os.chmod(made, 0o666 & ~files.UMASK)  # safetensors leaves 0600

@@ -66,15 +66,15 @@ def on_hub(name: str) -> bool:
             and Path(rest).suffix not in (".safetensors", ".ckpt", ".bin", ".pt"))
 
 
-def again(place: Path) -> str:
+def again(place: Path, otherwise: str = "fetch it again") -> str:
     """What helps against a broken file or folder of a pipeline: who made it decides. The hub's
-    library fetches nothing again that its cache has."""
+    library fetches nothing again that its cache has. `otherwise` it is the user's."""
     for folder in (place, *place.parents):
         if re.fullmatch(tiny.NAME + "[0-9a-f]{16}", folder.name):
             return f"remove {folder}, and it is made again"
-        if folder.name.startswith("models--"):
+        if folder.name.startswith("models--") and "snapshots" in place.relative_to(folder).parts:
             return f"remove {folder}, and it is fetched again"
-    return "fetch it again"
+    return otherwise
 
 
 def find(model: str, cache: Path, flag: str = "--model", parts: Collection[str] = PARTS) -> Path:

@@ -274,6 +274,9 @@ def test_a_run_that_died_before_its_first_checkpoint_is_told_one_way_on(
     with pytest.raises(pytest.fail.Exception):  # it does go on to train
         main([*argv, "--overwrite"])
     assert "start without it" in refused(main, [*argv, "--out", out / "new", "--resume"])
+    (out / "config.json").unlink()  # of nobody: --overwrite would be refused
+    line = refused(main, [*argv, "--resume"])
+    assert "name another --out" in line and "--overwrite" not in line
 
 
 def test_help_names_every_field_with_its_comment_and_the_values_of_the_preset(capsys):
@@ -299,7 +302,8 @@ def test_compiling_without_a_compiler_is_refused_at_once(refused, monkeypatch, n
     (False, "g++", {"CXX": "no"}, "CXX names none, but 'no': unset it"),
     (False, "g++", {"CXX": ""}, "CXX names none, but '': unset it"),
     (False, "fails", {"CXX": "fails"}, "CXX names none, but 'fails': unset it"),
-    (True, "g++", {}, "finds no gcc"), (False, "my", {"CXX": "my"}, ""), (True, "gcc", {}, ""),
+    (True, "clang", {"CC": "no"}, "CC names none"), (True, "g++", {}, "finds no gcc"),
+    (False, "my", {"CXX": "my"}, ""), (True, "gcc", {}, ""),
     (True, "clang", {}, ""), (True, "my", {"CC": "my"}, "")])
 def test_the_compiler_that_is_looked_for_is_the_one_that_torch_will_call(
         tmp_path, monkeypatch, on_gpu, there, named, missing):
@@ -331,10 +335,10 @@ def test_sigterm_outside_the_loops_ends_in_a_line_and_lets_go_of_the_folder(
     assert not list(tmp_path.iterdir())
 
 
-def room_of_stage_2(run):
+def room_of_stage_2(run, recorded=None):
     """Student and fake, with two moments each, and the average, in fp32, all of it twice."""
-    fake, student = (load_file(run / file) for file in (
-        "path/00.safetensors", "student.safetensors"))
+    fake = load_file((recorded or run) / "path" / "00.safetensors")
+    student = load_file(run / "student.safetensors")
     moments = 2 * (count(fake) + count(student) - student["centre"].numel())
     return 2 * 4 * (count(fake) + 2 * count(student) + moments)
 
@@ -382,16 +386,32 @@ def test_what_is_frozen_and_in_no_checkpoint_needs_no_room_but_what_is_exported_
 
 def test_what_a_run_holds_already_needs_no_room_again(refused, finished, monkeypatch):
     out, argv = finished
-    held = sum(file.stat().st_size for file in out.rglob("*") if file.parent.name != "path"
-               and file.is_file() and file.name not in ("config.json", ".disback.lock"))
-    free = 10**7 - held
+    free = 10**7 - (out / "state.pt").stat().st_size
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
     backtrack.main([*argv, "--resume"])  # only draws
-    free += room_of_stage_2(out) - 1
+    held = sum(file.stat().st_size for file in out.rglob("*") if file.parent.name != "path"
+               and file.is_file() and file.name not in ("config.json", ".disback.lock"))
+    free = 10**7 + room_of_stage_2(out) - held - 1
     assert "GB of free space" in refused(backtrack.main, [*argv, "--overwrite"])
     assert (out / "state.pt").exists()
     free += 1
     backtrack.main([*argv, "--overwrite"])
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_a_prolonged_run_needs_room_for_one_more_checkpoint_beside_what_stays(
+        refused, recorded, tmp_path, no_figures, monkeypatch, short):
+    argv = ["toy2d", "--out", tmp_path / "run", "--path", recorded / "path", *BACKTRACK,
+            "--decay", "constant"]
+    backtrack.main([*map(str, argv)])
+    need = 10**7 + room_of_stage_2(tmp_path / "run", recorded)
+    free = need - (tmp_path / "run" / "state.pt").stat().st_size - short
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+    more = [*argv, "--resume", "--steps", "24"]
+    if short:
+        assert "GB of free space" in refused(backtrack.main, more)
+    else:
+        backtrack.main([*map(str, more)])
 
 
 def test_a_full_disk_is_named_whatever_the_writer_says(monkeypatch, tmp_path):

@@ -315,6 +315,9 @@ def test_a_home_of_nobody_is_named(refused, main, words):
     (PermissionError(13, "", "/c/a"),
      "permission denied: /c/a: change its mode, if it is yours, or name another cache by DISBACK_"),
     (OSError(28, "No space left", "/c/a"), "/c/a: No space left: make room, or name another cache"),
+    (PermissionError(13, "", "/c"),
+     "permission denied: /c: change its mode, if it is yours, or name another cache"),
+    (OSError(28, "No space left", "/b/c/a"), "/b/c/a: No space left: make room, or name another p"),
     (OSError(28, "No space left"), "a file, maybe a temporary one, whose folder TMPDIR names: No"),
     (NotADirectoryError(20, "Not a directory", "a"), "a: Not a directory: move what is there"),
     (OSError("the host is gone"), "the host is gone"),
@@ -408,6 +411,11 @@ def test_a_runs_own_file_stands_for_the_run_whose_base_it_knows(tmp_path, name):
     for file in ("student.safetensors", "student/SDXL_DisBack.bin"):
         (tmp_path / file).touch()
     assert generate.find(str(tmp_path / name)) == (tmp_path / "student/SDXL_DisBack.bin", about)
+    if name.endswith("safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+        (tmp_path / "student/SDXL_DisBack.bin").unlink()  # of the same weights twice
+        assert generate.find(str(tmp_path / name)) == (tmp_path / name, about)
 
 
 @pytest.mark.parametrize("about", [{"base": "a/b", "timestep": 7, "size": 48}, {}])
@@ -437,7 +445,8 @@ def test_a_student_from_the_hub_says_what_it_is_as_one_here_does(tmp_path, monke
     ("sdxl-tiny-0123456789abcdef/vae/config.json",
      "remove {}/sdxl-tiny-0123456789abcdef, and it is made again"),
     ("hub/models--a--b/snapshots/1a/vae", "remove {}/hub/models--a--b, and it is fetched again"),
-    ("sdxl-tiny-mine/vae", "fetch it again"), ("", "fetch it again"), ("mine", "fetch it again")])
+    ("models--mine/vae/config.json", "fetch it again"), ("sdxl-tiny-mine/vae", "fetch it again"),
+    ("", "fetch it again"), ("mine", "fetch it again")])
 def test_only_what_is_made_or_fetched_again_is_to_be_removed(
         tmp_path, monkeypatch, place, remedy):
     monkeypatch.setenv("DISBACK_CACHE", str(tmp_path))  # where a user may have models as well
