@@ -125,6 +125,20 @@ def mine(base, tmp_path):
     return shutil.copytree(base, tmp_path / "mine")
 
 
+def save_of_few_tensors(folder):
+    """A pipeline whose UNet is smaller still, as FSDP2 reasons on each tensor."""
+    from diffusers import UNet2DConditionModel
+
+    from sdxl import tiny
+
+    pipe = tiny.pipeline()
+    pipe.unet = UNet2DConditionModel.from_config(dict(pipe.unet.config) | dict(
+        block_out_channels=(16,), attention_head_dim=2, transformer_layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",), mid_block_type=None,
+        up_block_types=("UpBlock2D",)))
+    pipe.save_pretrained(folder)
+
+
 def refusal(function, *args, **keywords):
     """What the Refusal says, in one line, that a call must end with."""
     with pytest.raises(disback.Refusal) as error:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import BACKTRACK, DEGRADE, read, refusal
+from conftest import BACKTRACK, DEGRADE, read, refusal, save_of_few_tensors
 from PIL import Image
 from processes import Started, stages, two_ranks
 from safetensors.torch import load_file
@@ -187,17 +187,8 @@ def test_shares_are_disjoint_and_make_up_the_batch(monkeypatch):
 def test_sharded_sdxl_records_and_learns_what_accumulation_does_on_one_rank(tmp_path, monkeypatch):
     """Nodes are differences to the teacher, of shards. Adam magnifies rounding where gradients
     vanish, so all weights are compared as one. A UNet of few tensors, as FSDP2 reasons on each."""
-    from diffusers import UNet2DConditionModel
-
-    from sdxl import tiny
-
     monkeypatch.setattr("sdxl.figures.draw", lambda *args: None)
-    pipe = tiny.pipeline()
-    pipe.unet = UNet2DConditionModel.from_config(dict(pipe.unet.config) | dict(
-        block_out_channels=(16,), attention_head_dim=2, transformer_layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",), mid_block_type=None,
-        up_block_types=("UpBlock2D",)))
-    pipe.save_pretrained(tmp_path / "model")
+    save_of_few_tensors(tmp_path / "model")
     (tmp_path / "two.txt").write_text("a dog\na cat")
     flags = ["sdxl", "--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "two.txt"),
              "--batch", "2", "--nodes", "2", "--steps"]

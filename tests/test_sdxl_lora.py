@@ -9,7 +9,7 @@ from importlib import metadata
 
 import pytest
 import torch
-from conftest import make, refusal, same
+from conftest import make, refusal, same, save_of_few_tensors
 from diffusers import UNet2DConditionModel
 from processes import stages, two_ranks
 from safetensors.torch import load_file
@@ -155,12 +155,7 @@ def test_sharded_adapters_learn_what_accumulation_does_on_one_rank_and_resume(
         peft, tmp_path, monkeypatch):
     """Of a UNet of few tensors. What is frozen is in no file, and in shards all the same."""
     monkeypatch.setattr("sdxl.figures.draw", lambda *args: None)
-    pipe = tiny.pipeline()
-    pipe.unet = UNet2DConditionModel.from_config(dict(pipe.unet.config) | dict(
-        block_out_channels=(16,), attention_head_dim=2, transformer_layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",), mid_block_type=None,
-        up_block_types=("UpBlock2D",)))
-    pipe.save_pretrained(tmp_path / "model")
+    save_of_few_tensors(tmp_path / "model")
     flags = ["sdxl", "--rank", "2", "--model", str(tmp_path / "model"), "--prompts",
              str(tmp_path / "two.txt"), "--batch", "2", "--save-every", "1"]
     record = ["degrade", *flags, "--nodes", "2", "--steps", "2"]
