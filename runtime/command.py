@@ -27,9 +27,9 @@ SECONDS_OF_FIRST_RANK = 5
 def run(main: Callable[[list[str]], None], memory: str = "") -> None:
     """Run a command. A Refusal, a failing disk, a failing compiler or too little memory, where
     `memory` helps, ends it in a line, status 2; an interrupt in a line, status 130."""
-    came = []
+    came: list[int] = []
 
-    def interrupt(number: int, _: Any) -> None:
+    def stop(number: int, _: Any) -> None:
         came.append(number)
         raise KeyboardInterrupt
 
@@ -46,7 +46,7 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
             raise Refusal(f"an argument is not UTF-8: {ascii(sys.argv[1:])}")
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) != signal.SIG_IGN:  # as in a script's background
-                signal.signal(number, interrupt)
+                signal.signal(number, stop)
         keep_memory()
         main(sys.argv[1:])
     except KeyboardInterrupt as interrupt:

@@ -247,3 +247,5 @@ def test_an_interrupt_while_the_libraries_load_is_a_line(monkeypatch, capsys, er
     assert capsys.readouterr().err.strip() == said and ended == [2] * isinstance(error, ImportError)
     sys.excepthook(ValueError, ValueError("a fault"), None)
     assert "ValueError: a fault" in capsys.readouterr().err
+    command.run(lambda argv: None)  # they are loaded
+    assert sys.excepthook is sys.__excepthook__
