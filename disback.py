@@ -48,8 +48,7 @@ def vsd_gradient(x0: Tensor, sigma: Tensor, d_fake: Tensor, d_target: Tensor,
 
     At one x the scores differ by (D_fake - D_target) / sigma^2, so that w = 1 is "score", sigma
     "eps", sigma^1.5 "half" (between its neighbours), sigma^2 "x0" (Diff-Instruct) and
-    sigma^2 / mean|x0 - D_target| "dmd" (DMD2).
-    """
+    sigma^2 / mean|x0 - D_target| "dmd" (DMD2)."""
     difference = d_fake - d_target
     if weighting == "dmd":
         return difference / (x0 - d_target).abs().mean(dim=tuple(range(1, x0.dim())), keepdim=True)
@@ -153,12 +152,13 @@ class DegradationPath:
 
     def load(self, node: int, net: nn.Module) -> None:
         """Copy a node's weights over those of `net`, in place: exactly, or Refusal."""
+        file = self.files[node]
         try:
             if json.loads((self.folder / "path.json").read_text()) != self.about:
                 raise ValueError("its folder holds another path meanwhile")
-            self.load_node(self.files[node], net)
+            self.load_node(file, net)
         except (OSError, SafetensorError, ValueError) as error:
-            raise Refusal(f"{self.files[node]} is broken, record the path again: {error}") from None
+            raise Refusal(f"{file} is broken or another network's, record anew: {error}") from None
 
 
 class PathScheduler:
