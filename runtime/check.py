@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -165,9 +166,9 @@ def stop(out: Path, *argv: str, env: dict) -> str:
 
 
 def started(*argv: Any, env: dict | None = None) -> subprocess.Popen:
-    STARTED.append(subprocess.Popen(
+    STARTED.append(subprocess.Popen(  # in a group of its own: Ctrl-C is for this process alone
         [sys.executable, *map(str, argv)], cwd=ROOT, env=os.environ | (env or {}), text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0))
     return STARTED[-1]
 
 
@@ -186,10 +187,12 @@ def main(argv: Sequence[str]) -> None:
         command.refuse(f"there is no problem {unknown[0]}")
     if args.steps < 8:
         command.refuse(f"--steps must be at least 8, not {args.steps}")
-    failed = []
+    failed, stopped = [], threading.Event()
 
     def report(name: str, what: str, seen: float, most: float | None = None,
                said: str = "") -> None:
+        if stopped.is_set():  # a stage that was killed for it has not failed
+            return
         good = not said and (most is None or seen <= most)
         numbers = f"{seen:10.2g} {most:8.0e}" if most else f"{seen:8.1f} s {'':8}"
         print(f"{name:12}{what:36}{numbers}  {'ok' if good else 'FAILED ' + said}", flush=True)
@@ -206,6 +209,7 @@ def main(argv: Sequence[str]) -> None:
             for run in runs:
                 run.result()
         except BaseException:  # an interrupt waits for no stage
+            stopped.set()
             while not all(run.cancel() or run.done() for run in runs):
                 for begun in STARTED:
                     begun.kill()

@@ -1,5 +1,6 @@
 """The check of a machine, on this one."""
 
+import os
 import time
 from concurrent.futures import Future
 
@@ -101,14 +102,14 @@ def test_a_mistake_is_refused(argv, cause):
     assert cause in refusal(check.main, argv)
 
 
-def test_an_interrupt_waits_for_no_stage(monkeypatch, tmp_path):
+def test_an_interrupt_waits_for_no_stage_and_calls_none_failed(monkeypatch, tmp_path, capsys):
     def interrupted(*_):
-        while not (tmp_path / "began").exists():
+        while not (tmp_path / "began").exists() or not (tmp_path / "began").read_text():
             time.sleep(0.02)
         raise KeyboardInterrupt
 
     (tmp_path / "degrade.py").write_text(
-        "import time; open('began', 'w').close(); time.sleep(60)")
+        "import os, time; open('began', 'w').write(str(os.getpgid(0))); time.sleep(60)")
     monkeypatch.setattr(check, "ROOT", tmp_path)
     monkeypatch.setattr(check, "compare", interrupted)
     began = time.perf_counter()
@@ -116,3 +117,6 @@ def test_an_interrupt_waits_for_no_stage(monkeypatch, tmp_path):
         check.main(["toy2d", "sdxl"])
     assert time.perf_counter() - began < 30
     assert all(run.poll() is not None for run in check.STARTED)
+    assert "FAILED" not in capsys.readouterr().out
+    # A terminal's Ctrl-C is sent to a whole group.
+    assert int((tmp_path / "began").read_text()) != os.getpgid(0)

@@ -30,6 +30,7 @@ from toy2d.gallery import (
     mdt,
     msd,
     phased,
+    pictures,
     pvd,
     rcm,
     report,
@@ -916,6 +917,19 @@ def test_a_cloud_that_is_missing_or_broken_is_named(tmp_path, held):
         (tmp_path / "clouds" / "pvd.safetensors").write_bytes(held)
     with pytest.raises(disback.Refusal, match="pvd.safetensors is missing or broken: run that"):
         analogues.cloud(tmp_path, "pvd", "x")
+
+
+def test_the_figure_tells_what_was_not_run_from_what_cannot_be(tmp_path):
+    """vsd can walk back, instaflow cannot; neither has."""
+    said = {}
+    for name in ("vsd", "instaflow"):
+        figure, axis = pictures.plt.subplots()
+        line = {"seed": 1, "swd": 0.1}
+        pictures.clouds(axis, tmp_path, {(name, "", False, 1): [line]}, name, torch.zeros(1, 2),
+                        method(name).BACKTRACK)
+        said[name] = [text.get_text() for text in axis.texts]
+        pictures.plt.close(figure)
+    assert said == {"vsd": ["not run", "not run"], "instaflow": ["not run", "not defined"]}
 
 
 def test_nothing_that_is_not_the_gallerys_is_replaced(monkeypatch, tmp_path):

@@ -34,11 +34,12 @@ def draw(out: Path, rows: dict, methods: tuple[str, ...]) -> None:
             analogues[method](axis, out, rows)
         else:
             axis.set_title(f"{module.NAME}  ({module.START}; {module.QUERIES})", fontsize=9)
-            clouds(axis, out, rows, method, points)
+            clouds(axis, out, rows, method, points, module.BACKTRACK)
     save(figure, out / "gallery.png")
 
 
-def clouds(axis: plt.Axes, out: Path, rows: dict, method: str, points: torch.Tensor) -> None:
+def clouds(axis: plt.Axes, out: Path, rows: dict, method: str, points: torch.Tensor,
+           walks: bool) -> None:
     axis.set(xlim=(-3.3, 9.9), ylim=(-4.3, 3.3), xticks=[], yticks=[], aspect="equal")
     for left, back, color in ((0.0, False, STUDENT), (6.6, True, TARGET)):
         lines = rows.get((method, "", back, 1), [{"seed": None}])
@@ -48,4 +49,5 @@ def clouds(axis: plt.Axes, out: Path, rows: dict, method: str, points: torch.Ten
                 axis.plot(x[:, 0] + left, x[:, 1], ".", color=paint, markersize=size)
             axis.text(left, -4, f"SWD {lines[0]['swd']:.2f}", fontsize=8, ha="center")
         else:
-            axis.text(left, 0, "not defined", fontsize=8, ha="center", color="#808080")
+            axis.text(left, 0, "not defined" if back and not walks else "not run", fontsize=8,
+                      ha="center", color="#808080")
