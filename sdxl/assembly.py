@@ -26,7 +26,7 @@ def make(config: Config, seed: int = 0,
          device: torch.device | str = "cpu") -> interface.Problem:
     """SDXL as the stages see it.
 
-    The prompts' embeddings are cached on first use; the model is found by `sdxl.layout.find`.
+    The prompts' embeddings are cached on first use; the model is found by `sdxl.model.find`.
     """
     if config.rank:
         model.must_have_peft()
@@ -34,8 +34,7 @@ def make(config: Config, seed: int = 0,
     if config.prompts and ranks.rank() == 0:
         print(f"{len(prompts)} prompts in {config.prompts}, the first: {prompts[0][:60]}")
     cache = files.cached("")
-    folder = layout.find(config.model, cache)
-    model.must_be_sdxl(folder)  # before its text encoders run, or are blamed for it
+    folder = model.find(config.model, cache)
     bank = text.embed(folder, prompts, cache, device)
     teacher, sigmas = as_denoiser(*model.load(folder), config, device)
     vae = model.load_part(AutoencoderKL, folder, "vae")  # now: the figures come after days

@@ -80,8 +80,7 @@ def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeli
     weights = model.read_unet(file)  # first: the base may be a download of gigabytes
     base = about["base"] if base is None else base
     base = local_base(file.parent.parent) if base is None else base
-    folder = layout.find(base, files.cached(""), "--base", layout.AROUND_UNET)
-    model.must_be_sdxl(folder, "--base")
+    folder = model.find(base, files.cached(""), "--base", layout.AROUND_UNET)
     config = files.load_json(folder / "unet/config.json", layout.again(folder))
     unet = model.load_unet(config, weights, file)
     with files.blame(f"{folder} is no SDXL pipeline: {layout.again(folder)}, or name "

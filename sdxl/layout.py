@@ -80,15 +80,15 @@ def again(place: Path, otherwise: str = "fetch it again") -> str:
 def find(model: str, cache: Path, flag: str = "--model", parts: Collection[str] = PARTS) -> Path:
     """The folder of `model`: the tiny pipeline's where it is empty, itself where it is a folder,
     and what the hub has under that name, fetched on first use, where it is not. Refuses, naming the
-    `flag` that takes another, what lacks a file or has a broken one; of weights only those of
-    `parts` are fetched and looked at."""
+    `flag` that takes another, another kind of pipeline, and what lacks a file or has a broken one;
+    of weights only those of `parts` are fetched and looked at."""
     folder = Path(model).expanduser() if model else tiny.folder(cache)
     if folder.is_file():
         raise disback.Refusal(
             f"{model} is a single file: convert it by diffusers, StableDiffusionXLPipeline."
             f"from_single_file(FILE).save_pretrained(FOLDER), and name that folder by {flag}")
     takes = f"{flag} takes OWNER/NAME of the hub, or an SDXL pipeline's folder as diffusers has it"
-    wanted = ", ".join([*TEXTS, *(f"{part}/{PARTS[part]}.safetensors" for part in parts),
+    wanted = ", ".join([*TEXTS, *(f"{part}/{PARTS[part]}.safetensors" for part in parts or PARTS),
                         "tokenizer/* and tokenizer_2/*"])
     if not folder.is_dir():
         if not on_hub(model):
@@ -100,6 +100,8 @@ def find(model: str, cache: Path, flag: str = "--model", parts: Collection[str] 
                 folder = Path(snapshot_download(model, allow_patterns=patterns(end, parts)))
                 if not missing(folder, parts):
                     break
+    if (folder / "model_index.json").is_file():
+        must_be_sdxls(folder, flag)
     if lacking := missing(folder, parts):
         others = [str(file.relative_to(folder)) for kind in ("*/*.bin", "*/*.*.safetensors")
                   for file in sorted(folder.glob(kind)) if file not in read(folder)]
@@ -115,6 +117,13 @@ def find(model: str, cache: Path, flag: str = "--model", parts: Collection[str] 
                 safe_open(file, "pt")
     vae_scale(folder)
     return folder
+
+
+def must_be_sdxls(folder: Path, flag: str) -> None:
+    """Refuse the pipeline of another model, or for another use."""
+    kind = files.load_json(folder / "model_index.json", again(folder)).get("_class_name")
+    if kind != "StableDiffusionXLPipeline":
+        raise disback.Refusal(f"{folder} is not SDXL but {kind}: name an SDXL base model by {flag}")
 
 
 def vae_scale(folder: Path) -> int:

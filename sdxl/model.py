@@ -1,7 +1,7 @@
 """SDXL's UNet as a denoiser, its noise levels, and the weights of a pipeline's parts."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -86,19 +86,24 @@ def load(folder: Path) -> tuple[UNet2DConditionModel, Tensor]:
     return load_part(UNet2DConditionModel, folder, "unet"), load_sigmas(folder)
 
 
+def find(name: str, cache: Path, flag: str = "--model",
+         parts: Collection[str] = layout.PARTS) -> Path:
+    """The folder of an SDXL pipeline, as `layout.find` has it. Its kind is looked at before any
+    weights are fetched: they have gigabytes."""
+    must_be_sdxl(layout.find(name, cache, flag, ()), flag)
+    return layout.find(name, cache, flag, parts)
+
+
 def must_be_sdxl(folder: Path, flag: str = "--model") -> None:
     """Refuse the pipeline of another model, of inpainting or distilled for guidance, or of another
     noise schedule."""
-    kind = files.load_json(folder / "model_index.json", layout.again(folder)).get("_class_name")
+    layout.must_be_sdxls(folder, flag)
     config = files.load_json(folder / "unet" / "config.json", layout.again(folder))
-    added = config.get("addition_embed_type")
-    if kind != "StableDiffusionXLPipeline" or added != "text_time":
-        raise disback.Refusal(f"{folder} is not SDXL but {kind} (addition_embed_type {added}): "
-                              f"name an SDXL base model by {flag}")
-    for name, of_sdxl in {"in_channels": 4, "out_channels": 4, "time_cond_proj_dim": None}.items():
-        if config.get(name, of_sdxl) != of_sdxl:
-            raise disback.Refusal(f"{folder} has a UNet with {name} {config[name]}, not {of_sdxl}: "
-                                  f"name an SDXL base model by {flag}")
+    for name, of_sdxl, default in (("addition_embed_type", "text_time", None), (
+            "in_channels", 4, 4), ("out_channels", 4, 4), ("time_cond_proj_dim", None, None)):
+        if (found := config.get(name, default)) != of_sdxl:
+            raise disback.Refusal(f"{folder} has a UNet with {name} {found}, not {of_sdxl}: name "
+                                  f"an SDXL base model by {flag}")
     first, second = (files.load_json(folder / part / "config.json", layout.again(folder))
                      for part in ("text_encoder", "text_encoder_2"))
     with files.blame(f"{folder / 'unet' / 'config.json'} does not fit its text encoders"):

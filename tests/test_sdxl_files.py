@@ -6,7 +6,7 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from conftest import refusal, same
+from conftest import edit, make, refusal, same
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -163,11 +163,23 @@ def test_the_hub_is_never_asked_for_what_is_meant_as_a_place_here(tmp_path, monk
         assert (what or "runs/sdxl") in line and "--student" in line
 
 
+def hub(there, offered, here, asked):
+    """A hub's snapshot_download, of which huggingface's own filter lets through what is copied."""
+    def snapshot(name, allow_patterns):
+        asked.append(name)
+        for file in huggingface_hub.utils.filter_repo_objects(
+                offered, allow_patterns=allow_patterns):
+            (here / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(there / file, here / file)
+        return here
+
+    return snapshot
+
+
 @pytest.mark.parametrize("variant", [None, "fp16"])
 @pytest.mark.parametrize("unet", [True, False])
 def test_the_hub_is_asked_for_what_is_read_and_no_more_in_fp32_and_then_in_fp16(
         base, mine, monkeypatch, variant, unet):
-    """What it has is what huggingface's own filter lets through."""
     for part in KINDS:
         rewritten(mine, part, variant=variant)
     needed = {str(file.relative_to(mine)) for file in mine.rglob("*") if file.is_file()}
@@ -183,15 +195,7 @@ def test_the_hub_is_asked_for_what_is_read_and_no_more_in_fp32_and_then_in_fp16(
         (mine / file).touch()
     asked, got = [], mine.parent / "got"
 
-    def snapshot(name, allow_patterns):
-        asked.append(name)
-        for file in huggingface_hub.utils.filter_repo_objects(
-                offered, allow_patterns=allow_patterns):
-            (got / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(mine / file, got / file)
-        return got
-
-    monkeypatch.setattr(layout, "snapshot_download", snapshot)
+    monkeypatch.setattr(layout, "snapshot_download", hub(mine, offered, got, asked))
     parts = layout.PARTS
     if not unet:  # as around a student's
         parts = layout.AROUND_UNET
@@ -200,6 +204,31 @@ def test_the_hub_is_asked_for_what_is_read_and_no_more_in_fp32_and_then_in_fp16(
     assert asked == ["owner/name-1.0"] * (2 if variant else 1)
     assert {str(file.relative_to(got)) for file in got.rglob("*") if file.is_file()} == needed
     assert layout.weights(got, "vae")[1] == variant
+
+
+@pytest.mark.parametrize("name, change, cause", [
+    ("model_index.json", {"_class_name": "StableDiffusionXLImg2ImgPipeline"},
+     "not SDXL but StableDiffusionXLImg2ImgPipeline"),
+    ("unet/config.json", {"in_channels": 9}, "in_channels 9"),
+    ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "v_prediction"),
+    ("vae/config.json", {"latent_channels": 16}, "not SDXL's 4 channels")])
+@pytest.mark.parametrize("flag", ["--model", "--base"])
+def test_of_another_kind_of_model_the_hub_gives_no_weights(
+        base, mine, tmp_path, monkeypatch, flag, name, change, cause):
+    edit(mine / name, **change)
+    offered = [str(file.relative_to(mine)) for file in mine.rglob("*") if file.is_file()]
+    if "_class_name" in change:  # the refiner has one text encoder
+        offered = [file for file in offered if not file.startswith("text_encoder/")]
+    got = tmp_path / "got"
+
+    monkeypatch.setattr(layout, "snapshot_download", hub(mine, offered, got, []))
+    if flag == "--model":
+        line = refusal(make, problem, "tiny", model="owner/name")
+    else:
+        unet = base / "unet" / "diffusion_pytorch_model.safetensors"
+        line = refusal(generate.load, str(unet), "owner/name")
+    assert cause in line
+    assert got.is_dir() and not list(got.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("field, value", [

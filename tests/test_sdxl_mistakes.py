@@ -74,7 +74,8 @@ def test_a_model_that_is_not_sdxl_is_refused_before_its_text_encoders_are_read(m
         make, problem, "tiny", model=str(mine))
     edit(mine / "model_index.json", _class_name="StableDiffusionXLPipeline")
     edit(mine / "unet" / "config.json", addition_embed_type=None)
-    assert "not SDXL" in refusal(make, problem, "tiny", model=str(mine))
+    assert "addition_embed_type None, not text_time: name" in refusal(
+        make, problem, "tiny", model=str(mine))
     edit(mine / "unet" / "config.json", addition_embed_type="text_time", in_channels=9)
     assert "in_channels 9, not 4: name" in refusal(make, problem, "tiny", model=str(mine))
     edit(mine / "unet" / "config.json", in_channels=4, addition_time_embed_dim=256)
