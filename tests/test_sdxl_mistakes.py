@@ -371,10 +371,12 @@ def test_the_student_of_a_run_that_is_replaced_is_removed_and_what_is_beside_it_
     assert {file.name for file in (tmp_path / "student").iterdir()} == {"README.md", "mine.json"}
 
 
-def test_code_in_a_file_of_weights_is_not_run(base, tmp_path):
+@pytest.mark.parametrize("call, words", [(open, "{}"), (os.system, "touch {}")])
+def test_code_in_a_file_of_weights_is_not_run(base, tmp_path, call, words):
+    """Of the system's own functions torch speaks in other words."""
     class Bomb:
         def __reduce__(self):
-            return (open, (str(tmp_path / "ran"), "w"))
+            return (call, (words.format(tmp_path / "ran"), *(["w"] if call is open else [])))
 
     torch.save({"x": Bomb()}, tmp_path / "bomb.bin")
     said = refusal(generate.load, str(tmp_path / "bomb.bin"), str(base))
