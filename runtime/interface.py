@@ -59,7 +59,8 @@ class Config:
             must_be_allowed(flag_of(field.name), getattr(self, field.name), field.type,
                             **field.metadata["limits"])
         if self.nodes > self.degrade_steps:
-            raise Refusal(f"--nodes must be at most {self.degrade_steps}, the --steps of stage 1")
+            raise Refusal(f"--nodes must be at most {self.degrade_steps}, the --steps of "
+                          "degrade.py (backtrack.py needs none, it takes the path's)")
 
 
 @dataclasses.dataclass

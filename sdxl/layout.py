@@ -85,8 +85,9 @@ def find(model: str, cache: Path, flag: str = "--model", parts: Collection[str] 
     folder = Path(model).expanduser() if model else tiny.folder(cache)
     if folder.is_file():
         raise disback.Refusal(
-            f"{model} is a single file: convert it by diffusers, StableDiffusionXLPipeline."
-            f"from_single_file(FILE).save_pretrained(FOLDER), and name that folder by {flag}")
+            f"{model} is a single file: if it is a whole checkpoint, convert it by diffusers, "
+            "StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(FOLDER), and name "
+            f"that folder by {flag}")
     takes = f"{flag} takes OWNER/NAME of the hub, or an SDXL pipeline's folder as diffusers has it"
     wanted = ", ".join([*TEXTS, *(f"{part}/{PARTS[part]}.safetensors" for part in parts or PARTS),
                         "tokenizer/* and tokenizer_2/*"])

@@ -15,15 +15,15 @@ def version(method: str) -> str:
     todo, found = [HERE / f"{method}.py"], {}
     while todo:
         file = todo.pop()
-        tree = found[file.name] = ast.parse(file.read_text())
+        tree = found[file.name] = ast.parse(file.read_bytes())
         imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         names = {word for node in imported if str(node.module).startswith("toy2d.gallery")
                  for word in (node.module.split(".")[-1], *(alias.name for alias in node.names))}
         todo += [HERE / f"{name}.py" for name in sorted(names)
                  if f"{name}.py" not in found and (HERE / f"{name}.py").exists()]
     for name in ("model.py", "mixture.py"):
-        found[name] = ast.parse((HERE.parent / name).read_text())
-    problem = ast.parse((HERE.parent / "problem.py").read_text())
+        found[name] = ast.parse((HERE.parent / name).read_bytes())
+    problem = ast.parse((HERE.parent / "problem.py").read_bytes())
     found |= {node.name: node for node in problem.body if getattr(node, "name", "") in TEACHER}
     for node in (node for tree in found.values() for node in ast.walk(tree)):
         documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
