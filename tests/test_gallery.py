@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import jvp
 
 import disback
+from runtime import errors
 from toy2d import metrics, mixture, model, problem
 from toy2d.gallery import (
     __main__,
@@ -883,6 +884,17 @@ def test_mistakes_are_refused(tmp_path):
     assert "'abc'" in refused("vsd", "--seed", "abc", "--out", str(tmp_path))
     assert "empty" in refused("vsd", "--out", "")
     assert "no lines" in refused("table", "--out", str(tmp_path))
+
+
+def test_what_cannot_be_written_is_told_before_a_method_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr(__main__, "execute", lambda *_: pytest.fail("it ran"))
+    for name in ("clouds", "lines.jsonl"):
+        (tmp_path / name).touch()
+    assert "clouds is no folder: name another --out" in refused("vsd", "--out", str(tmp_path))
+    (tmp_path / "clouds").unlink()
+    full = types.SimpleNamespace(free=10**7 - 1)
+    monkeypatch.setattr(errors.shutil, "disk_usage", lambda _: full)
+    assert "10 MB of free space" in refused("vsd", "--out", str(tmp_path))
 
 
 def test_lines_of_another_version_are_refused_and_a_torn_one_is_none(tmp_path):

@@ -16,6 +16,8 @@ from toy2d.gallery.core import Toy
 from toy2d.gallery.runs import METHODS, arms, execute, read
 from toy2d.gallery.versions import fresh
 
+ROOM = 10**7  # bytes; lines, clouds and figures have one million
+
 
 def main(argv: list[str]) -> None:
     parser = command.parser("python -m toy2d.gallery", __doc__)
@@ -45,7 +47,8 @@ def main(argv: list[str]) -> None:
             raise Refusal(f"{args.out / name} is of no gallery, as {file} is missing: name another "
                           "--out")
     read(file)  # refuses those of another kind
-    files.must_take_files(args.out, "--out")
+    for place in (args.out, args.out / "clouds"):
+        files.must_take_files(place, "--out", ROOM)
     if one_run:
         arm = args.variant, args.backtrack, 2 if args.double else 1
         if arm not in arms(args.method):
