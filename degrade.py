@@ -22,13 +22,13 @@ class Recorder:
 
     def __init__(self, folder: str | Path, teacher: nn.Module, nodes: int, steps: int,
                  samples: Sequence[tuple], spacing: str = "arc",
-                 pack: Callable[[nn.Module], dict] = nn.Module.state_dict,
-                 write: Callable[[Path, dict[str, Tensor]], None] | None = None):
+                 pack: Callable = nn.Module.state_dict, write: Callable | None = None):
         assert 1 <= nodes <= steps and spacing in ("arc", "linear", "log"), (nodes, steps, spacing)
         self.folder, self.nodes, self.samples, self.pack = Path(folder), nodes, samples, pack
         if (self.folder / "path.json").exists():
             raise disback.Refusal(f"{folder} holds a path already: record into another folder")
-        self.write = write or (lambda file, tensors: file.write_bytes(save(tensors)))
+        self.write = write or (lambda file, tensors: file.write_bytes(save({  # no views
+            name: w.clone(memory_format=torch.contiguous_format) for name, w in tensors.items()})))
         count = min(2 * nodes, steps) if spacing == "arc" else nodes
         self.candidates = {0, *(round(steps * i / count) if spacing == "linear" else
                                 max(i, int(steps ** (i / count))) for i in range(1, count + 1))}

@@ -43,6 +43,7 @@ def in_words(error: Exception, what: str = "") -> str:
         number = int(told[1])
     in_cache = re.search(rf"(?<!\S){re.escape(cache())}(/|[:;,\s]|$)", f"{name} {what}")
     another = "name another cache by DISBACK_CACHE" if in_cache else "name another place"
+    another += " by HF_HOME" * ("HF_HOME" in what)
     if isinstance(error, FileNotFoundError) and not error.filename:  # safetensors: it cannot read
         name = str(error).partition(": ")[2]
         number = errno.EACCES if os.path.lexists(name) else number

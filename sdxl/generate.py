@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
         pipe, about = load(args.student, args.base)
     if ranks.rank() == 0:
         text.note_long(args.prompts, pipe.tokenizer)
+    files.must_take_files(out, "--out", 2 * 3 * len(jobs) * about["size"] ** 2)  # with the grid
     numbered = results.SplitOverRanks(
         lambda numbers: generate(pipe, about, [jobs[i] for i in numbers]))
     size = ranks.world_size()  # the ranks share batches; the last picture fills up the last one
@@ -102,7 +103,7 @@ def find(student: str) -> tuple[Path, dict]:
     """The file of a student's weights, and about it; Refusal where there is none."""
     place, about = Path(student).expanduser(), {"base": BASE, "timestep": 399}
     if not place.exists() and layout.on_hub(student):
-        with files.blame(f"{student} is no folder or file here and the hub gave no {WEIGHTS}: "
+        with files.blame(f"{student} is no folder or file here and {layout.HUB} gave no {WEIGHTS}: "
                          "where there is a network, fetch that file and name it by --student"):
             place = Path(snapshot_download(student, allow_patterns=[WEIGHTS, ABOUT])) / WEIGHTS
             must(place.is_file(), "it has no such file")

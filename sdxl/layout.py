@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import safe_open
 
 import disback
@@ -17,6 +18,7 @@ TEXTS = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.jso
          "vae/config.json", "text_encoder/config.json", "text_encoder_2/config.json")
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
          "text_encoder": "model", "text_encoder_2": "model"}
+HUB = f"the hub (into {HF_HUB_CACHE}, which HF_HOME names)"
 AROUND_UNET = [part for part in PARTS if part != "unet"]
 
 
@@ -94,7 +96,7 @@ def find(model: str, cache: Path, flag: str = "--model", parts: Collection[str] 
     if not folder.is_dir():
         if not on_hub(model):
             raise disback.Refusal(f"{model} is no folder here: {takes}: {wanted}")
-        with files.blame(f"model {model} is no folder here and was not to be had from the hub: "
+        with files.blame(f"model {model} is no folder here and was not to be had from {HUB}: "
                          f"fetch it where there is a network, logged in if it is gated; {takes}: "
                          f"{wanted}"):
             for end in ("", ".fp16"):

@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import backtrack
 import degrade
-from runtime import files, folder
+from runtime import errors, files, folder
 from sdxl import generate, layout, memory, model, problem, settings, text, tiny
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -264,6 +264,34 @@ def test_what_generate_cannot_use_is_refused(offline, base, tmp_path):
     for words in ("a_dog --batch 0", "a_dog --seeds -1", "a_dog --steps 2", "a_dog --sceds 1", ""):
         assert refusal(generate.main, [*words.split(), "--out", str(tmp_path / "images")])
     assert not (tmp_path / "images").exists()
+
+
+def test_generate_asks_for_its_room_before_it_draws(monkeypatch, base, tmp_path):
+    monkeypatch.setattr(generate, "generate", lambda *_: pytest.fail("it drew"))
+    size = UNet2DConditionModel.load_config(base / "unet")["sample_size"] * 2
+    pictures = 2 * 2  # and as many in the grid, of three bytes a pixel
+    free = SimpleNamespace(free=2 * pictures * 3 * size**2 - 1)
+    monkeypatch.setattr(errors.shutil, "disk_usage", lambda _: free)
+    student = tmp_path / "student.safetensors"
+    shutil.copy(base / UNET, student)
+    line = refusal(generate.main, ["a", "b", "--seeds", "0", "1", "--student", str(student),
+                                   "--base", str(base), "--out", str(tmp_path / "images")])
+    assert "of free space: make room, or name another --out" in line
+
+
+@pytest.mark.parametrize("load", [
+    lambda: make(problem, "tiny", model="owner/name"), lambda: generate.load("owner/name")])
+@pytest.mark.parametrize("error", [
+    PermissionError(13, "Permission denied", "/gone/hub"), OSError(28, "No space left on device")])
+def test_a_hubs_cache_that_takes_nothing_is_named_with_its_variable(monkeypatch, load, error):
+    def snapshot(*_, **__):
+        raise error
+
+    for module in (layout, generate):
+        monkeypatch.setattr(module, "snapshot_download", snapshot)
+    line = refusal(load)
+    assert "name another place by HF_HOME" in line
+    assert (error.filename or huggingface_hub.constants.HF_HUB_CACHE) in line
 
 
 @pytest.mark.parametrize("name, change, cause", [
