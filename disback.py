@@ -35,8 +35,7 @@ def score_matching_loss(net: Callable, x0: Tensor, sigma: Tensor, cond: Any = No
                         weight: Tensor | float = 1.0, eps: Tensor | None = None) -> Tensor:
     """Denoising score matching: the mean of weight * |D(x, sigma) - x0|^2. Eq. 5 and Eq. 7 are one
     function: fake and degrading teacher are trained alike, on the student's samples x0 [n, ...],
-    and differ in where they start. sigma > 0 and weight broadcast against x0; eps ~ N(0, 1) is
-    drawn where it is not given."""
+    from other starts. sigma > 0 and weight broadcast against x0; eps ~ N(0, 1) may be given."""
     assert not x0.requires_grad
     x = x0 + sigma * (torch.randn_like(x0) if eps is None else eps)
     return (weight * (net(x, sigma, cond) - x0) ** 2).mean()
@@ -93,12 +92,13 @@ def update_average(average: nn.Module, net: nn.Module, decay: float) -> None:
 
 def must_fit(net: nn.Module, weights: dict[str, Tensor]) -> None:
     """ValueError where a name, shape or kind of number is not `net`'s, or not all are finite."""
+    own = net.state_dict()
     here, there = ({f"{name} {list(w.shape)}" + (not w.is_floating_point()) * f" {w.dtype}"
-                    for name, w in state.items()} for state in (net.state_dict(), weights))
+                    for name, w in state.items()} for state in (own, weights))
     if here != there:
         lacks, has = (f"{sorted(odd)[:2]} ({len(odd)})" for odd in (here - there, there - here))
         raise ValueError(f"it lacks {lacks} and has {has}")
-    if broken := [name for name, w in weights.items() if not w.float().isfinite().all()]:
+    if broken := [n for n, w in weights.items() if not w.to(own[n].dtype).isfinite().all()]:
         raise ValueError(f"not finite: {', '.join(broken)}")
 
 

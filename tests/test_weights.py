@@ -39,6 +39,15 @@ def test_weights_that_do_not_fit_are_refused_and_none_is_copied(tmp_path, load, 
     assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize("held, dtype", [(7e4, torch.float16), (1e300, torch.float32)])
+def test_what_is_finite_in_the_file_alone_is_refused(held, dtype):
+    net = torch.nn.Linear(1, 1, bias=False).to(dtype)
+    before = net.weight.clone()
+    with pytest.raises(ValueError, match="not finite: weight"):
+        disback.load_strictly(net, {"weight": torch.full((1, 1), held, dtype=torch.float64)})
+    assert torch.equal(net.weight, before)
+
+
 def path_of(file):
     save_file(GOOD, file.with_name("01.safetensors"))
     (file.parent / "path.json").write_text('{"steps": [0, 1], "positions": [0, 1]}')
