@@ -191,7 +191,7 @@ def load_teacher(config: Config) -> tuple[edm.Denoiser, str]:
         file = digits_teacher(config) if config.images == "digits" else download.fetch(
             download.TEACHER, files.cached(download.TEACHER.split("/")[-1]), pickles.load)
     net = edm.Denoiser(**NETWORKS[config.images])
-    other = "name another --teacher, or another --preset"
+    other = "name another --teacher, .pkl or .safetensors, or another --preset"
     remedy = other if config.teacher else files.remedy(file, other)
     if file.suffix != ".pkl":
         files.load_net(file, net, remedy)

@@ -417,7 +417,8 @@ def test_a_run_is_measured_on_three_blocks_of_fifty_thousand_unless_told(monkeyp
     (["gone.npz"], "gone.npz"), (["gone"], "gone"), (["x.npz", "--images", "0"], "--images"),
     (["x.npz", "--images", "11"], "10 images, too few"), (["x.npz", "--preset", "large"], "large"),
     (["x.npz", "--preset", "full"], "uint8"), (["x.npz", "--reference", "x"], "--reference"),
-    (["flat.npz"], "[n, h, w, c]"), (["float.npz"], "uint8"), (["text.npz"], "text.npz is no .npz"),
+    (["flat.npz"], "[n, h, w, c]"), (["nchw.npz"], "[n, h, w, c]"),
+    (["float.npz"], "uint8"), (["text.npz"], "text.npz is no .npz"),
     (["objects.npz"], "objects.npz"), (["empty.npz"], "2 images"), ([], "RUN")])
 def test_the_command_refuses_by_name(monkeypatch, tmp_path, inception, argv, cause):
     monkeypatch.chdir(tmp_path)
@@ -425,6 +426,7 @@ def test_the_command_refuses_by_name(monkeypatch, tmp_path, inception, argv, cau
     save_images("x.npz", IMAGES[:10].repeat(1, 1, 4, 4))
     save_images("empty.npz", IMAGES[:0].repeat(1, 1, 4, 4))
     np.savez("flat.npz", np.zeros((10, 64), dtype=np.uint8))
+    np.savez("nchw.npz", np.zeros((10, 1, 8, 8), dtype=np.uint8))
     np.savez("float.npz", np.zeros((10, 8, 8, 1)))
     np.savez("objects.npz", np.array([None]))
     (tmp_path / "text.npz").write_text("no zip")
