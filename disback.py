@@ -86,7 +86,7 @@ def update_score_model(net: Callable, optimizer: torch.optim.Optimizer, parts: S
 
 
 def update_average(average: nn.Module, net: nn.Module, decay: float) -> None:
-    """average = decay * average + (1 - decay) * net, weight by weight, in place."""
+    """average = decay * average + (1 - decay) * net, weight by weight, in place; no buffers."""
     get_ema_multi_avg_fn(decay)(list(average.parameters()), list(net.parameters()), None)
 
 

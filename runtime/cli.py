@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ def start(stage: str, doc: str, argv: Sequence[str], **flags: dict) -> tuple[Any
     """Read the command line and make the problem that it names; `flags` are the stage's own."""
     args, module = parse(stage, doc, argv, flags)
     ranks.join_ranks()
-    args.writes = writes(stage, module.WRITES)
+    args.writes = writes(stage, getattr(module, "WRITES", ()))
     enter(stage, args)
     return args, make(args, module.make)
 
@@ -35,7 +36,7 @@ def make(args: Any, make: Callable) -> Problem:
         problem = make(args.config, args.seed, ranks.device())
     torch.manual_seed(args.seed)  # again: a teacher that was trained and one that was found differ
     about = {"problem": args.problem, "preset": args.preset, "seed": args.seed} | problem.about
-    return dataclasses.replace(problem, about=about)
+    return dataclasses.replace(problem, about=json.loads(json.dumps(about)))  # as files have it
 
 
 def parse(stage: str, doc: str, argv: Sequence[str], flags: dict) -> tuple[Any, Any]:
@@ -57,10 +58,10 @@ def parse(stage: str, doc: str, argv: Sequence[str], flags: dict) -> tuple[Any, 
     args = parser.parse_args(argv)
     if args.problem != name:
         command.refuse(f"name the problem first: {stage}.py {args.problem} ...")
-    command.check_common(args)
     changes = {key.removeprefix("config."): value
                for key, value in vars(args).items() if key.startswith("config.")}
     args.config = dataclasses.replace(module.PRESETS[args.preset], **changes)
+    command.check_common(args, stage)
     if getattr(args, "dry_run", False):
         print(module.dry_run(args.config))
         if args.accumulate > 1:  # a pass after the first meets the gradients of those before

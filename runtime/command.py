@@ -165,8 +165,10 @@ def check_compiler(on_gpu: bool) -> None:
         refuse(f"--compile needs a compiler and {why}, or use --no-compile")
 
 
-def check_common(args: argparse.Namespace) -> None:
+def check_common(args: argparse.Namespace, stage: str) -> None:
     """Refuse numbers out of range, and shards without ranks."""
+    if stage == "degrade" and args.config.nodes > args.config.degrade_steps:
+        refuse(f"--nodes must be at most {args.config.degrade_steps}, the --steps")
     if not 0 <= args.seed < 2**63:
         refuse(f"--seed must be from 0 to 2**63 - 1, not {args.seed}")
     if args.accumulate < 1:

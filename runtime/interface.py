@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from disback import Refusal
 from runtime.errors import must_be_allowed
 
 
@@ -58,9 +57,6 @@ class Config:
         for field in dataclasses.fields(self):
             must_be_allowed(flag_of(field.name), getattr(self, field.name), field.type,
                             **field.metadata["limits"])
-        if self.nodes > self.degrade_steps:
-            raise Refusal(f"--nodes must be at most {self.degrade_steps}, the --steps of "
-                          "degrade.py (backtrack.py needs none, it takes the path's)")
 
 
 @dataclasses.dataclass
@@ -68,7 +64,7 @@ class Problem:
     """All that a stage asks of a problem; sigma broadcasts against x, and z has x0's shape."""
 
     config: Config
-    about: dict  # what a path and the run that walks it must share
+    about: dict  # what a path and the run that walks it must share, as json has it
     teacher: nn.Module  # D(x, sigma, cond) -> x0
     student: nn.Module  # the generator's network at its initial state
     generate: Callable  # (student, z, cond) -> x0, in one step

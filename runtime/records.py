@@ -152,3 +152,10 @@ def must_hold(nodes: Sequence[Path], net: nn.Module) -> None:
                 must(there.get_shape() == [*own[its].shape] and
                      there.get_dtype().startswith(("F", "BF")) == own[its].is_floating_point(),
                      f"{name} is {there.get_dtype()} {there.get_shape()}")
+
+
+def check_finite(numbers: dict[str, float], step: int, node: Any, kept: str = "") -> None:
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise Refusal(f"{name} is {number} at step {step}, node {node}: try lower learning "
+                          f"rates{kept}")

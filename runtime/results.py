@@ -56,8 +56,9 @@ def finish(out: Path, problem: Problem, student: nn.Module, path: Any, compare: 
         problem.draw(out, path, compare)
     if ranks.rank() == 0:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+        drawn = f"; figures in {out}/figures" if (out / "figures").is_dir() else ""
         print(f"student after {steps} iterations: {numbers or 'not measured'} "
-              f"({out}/metrics.json); figures in {out}/figures")
+              f"({out}/metrics.json){drawn}")
 
 
 class SplitOverRanks(nn.Module):

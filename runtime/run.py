@@ -1,7 +1,6 @@
 """A stage under way: its folder, its steps, its log, and its checkpoints, from which it resumes."""
 
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from disback import Refusal, load_strictly
 from runtime import files, place, ranks
 from runtime.folder import claim, must_agree, what_matters
 from runtime.interface import Problem
-from runtime.records import cut_log
+from runtime.records import check_finite, cut_log
 from runtime.signals import asked_to_stop, heeding_signals
 
 LOG = 10**7  # bytes for a log, snapshots and figures; the toy's are 5 MB
@@ -148,10 +147,3 @@ class Run:
             ranks.set_random_state(state["random"])
         if ranks.rank() == 0:
             cut_log(self.log_file, self.step)
-
-
-def check_finite(numbers: dict[str, float], step: int, node: Any, kept: str = "") -> None:
-    for name, number in numbers.items():
-        if not math.isfinite(number):
-            raise Refusal(f"{name} is {number} at step {step}, node {node}: try lower learning "
-                          f"rates{kept}")

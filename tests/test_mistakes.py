@@ -41,7 +41,7 @@ from sdxl import generate
     (["imagenet64", "--images", "imagenet"], "--images"),  # they are the preset's
     (["sdxl", "--guidance", "1e39"], "--guidance"),
     (["toy2d", "--steps", "20", "--nodes", "21"],
-     "--nodes must be at most 20, the --steps of degrade.py (backtrack.py needs none")])
+     "--nodes must be at most 20, the --steps")])
 def test_words_that_make_no_sense_are_refused_by_name(refused, tmp_path, words, cause):
     out = tmp_path / "run"
     argv = [*words, "--out", out, *(SMALL if "toy2d" in words else [])]
