@@ -16,13 +16,28 @@ from runtime import files, ranks
 from runtime.records import read_log, read_snapshots
 
 METHODS = {"disback": "DisBack", "vsd": "VSD"}
+OTHER_FAKES = {("disback", "teacher"): ", fake from the teacher",
+               ("vsd", "degraded"): ", degraded fake"}
 DATA, TARGET, STUDENT, OTHER = "#b8b8b8", "#d95f02", "#1f5fa8", "#7a3fa0"
+
+
+def names(runs: list[Path]) -> list[str]:
+    """What finished runs are called in a figure: by their method and the fake's first weights where
+    those are not its own, and by their folders where that does not tell them apart."""
+    found = []
+    for run in runs:
+        metrics = files.load_json(run / "metrics.json", "finish that run")
+        found.append(METHODS[metrics["method"]]
+                     + OTHER_FAKES.get((metrics["method"], metrics.get("fake_init")), ""))
+    if len({*found}) < len(found):
+        found = [f"{name} ({run.resolve().name})" for name, run in zip(found, runs)]
+    return found
 
 
 def curves(axes: dict[str, plt.Axes], runs: list[Path], in_steps: bool = False) -> None:
     """Columns of log.jsonl, each on its axis, of finished runs: against steps, or against millions
     of network evaluations, those of stage 1, shaded, before them. Dotted: the target switched."""
-    for run, color in zip(runs, (STUDENT, OTHER)):
+    for run, name, color in zip(runs, names(runs), (STUDENT, OTHER)):
         lines, metrics = read_log(run), files.load_json(run / "metrics.json", "finish that run")
         evals = metrics["network_evals"]
         start, scale = (0, 1) if in_steps else (
@@ -30,7 +45,7 @@ def curves(axes: dict[str, plt.Axes], runs: list[Path], in_steps: bool = False) 
         for column, axis in axes.items():
             axis.plot([start + scale * line["step"] for line in lines],
                       [line.get(column, math.nan) for line in lines], ".-", color=color,
-                      markersize=4, label=METHODS[metrics["method"]])
+                      markersize=4, label=name)
             for step, _ in switches(read_snapshots(run)):
                 axis.axvline(start + scale * step, color=color, linewidth=0.8, linestyle=":")
             if start:

@@ -19,7 +19,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from runtime import files
+import disback
+from runtime import files, ranks
 from sdxl import quiet  # noqa: F401  (every part of sdxl imports this one)
 
 NAME = "sdxl-tiny-"  # of the folder, before its hash
@@ -31,6 +32,9 @@ def folder(cache: Path) -> Path:
     name = hashlib.sha256((source + diffusers.__version__ + torch.__version__).encode()).hexdigest()
     made = cache / f"{NAME}{name[:16]}"
     if not made.exists():
+        if ranks.rank() > 0:  # transformers writes on the first rank alone, which was here first
+            raise disback.Refusal(f"{made} is not here, though the first rank has made it: name "
+                                  "one cache for all ranks by DISBACK_CACHE")
         files.must_take_files(cache, "cache by DISBACK_CACHE", files.ROOM_OF_CACHE)
         cache.mkdir(parents=True, exist_ok=True)
         with files.blame(f"cannot write {made}"), tempfile.TemporaryDirectory(

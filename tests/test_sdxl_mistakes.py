@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import backtrack
 import degrade
-from runtime import errors, files, folder
+from runtime import errors, files, folder, ranks
 from sdxl import generate, layout, memory, model, problem, settings, text, tiny
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -318,6 +318,12 @@ def test_a_scheduler_of_sdxls_noise_serves_whatever_its_class_would_do(mine, bas
     assert config["clip_sample"] is False
     edit(mine / "scheduler/scheduler_config.json", beta_start=math.nan)
     assert "noise schedule" in refusal(model.load_sigmas, mine)
+
+
+def test_a_rank_of_another_cache_makes_no_pipeline(monkeypatch, tmp_path):
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    assert "name one cache for all ranks by DISBACK_CACHE" in refusal(tiny.folder, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_told_where_the_tiny_pipeline_is_written(monkeypatch, tmp_path):

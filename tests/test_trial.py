@@ -267,6 +267,20 @@ def test_curves_stand_at_steps_or_at_the_evaluations_of_both_stages(
     assert dotted.get_xdata()[0] == switched
 
 
+@pytest.mark.parametrize("methods, called", [
+    ([("disback", "degraded"), ("vsd", "teacher")], ["DisBack", "VSD"]),
+    ([("vsd", "degraded"), ("vsd", "teacher")], ["VSD, degraded fake", "VSD"]),
+    ([("disback", "degraded"), ("disback", "teacher")],
+     ["DisBack", "DisBack, fake from the teacher"]),
+    ([("disback", "degraded")] * 2, ["DisBack (run0)", "DisBack (run1)"])])
+def test_two_runs_in_a_figure_are_told_apart(tmp_path, methods, called):
+    runs = [tmp_path / f"run{i}" for i in range(2)]
+    for run, (method, fake_init) in zip(runs, methods):
+        run.mkdir()
+        files.save_json(run / "metrics.json", {"method": method, "fake_init": fake_init})
+    assert plots.names(runs) == called
+
+
 @pytest.mark.parametrize("line", ['{"step": NaN}', "[1]", '{"step": "1"}', '{"step": -1}',
                                   '{"step": 1, "swd": "a"}', '{"swd": 1}'])
 def test_a_line_of_the_log_that_cannot_be_is_refused(finished, line):

@@ -12,11 +12,11 @@ import disback
 from runtime import files
 from runtime.plots import (
     DATA,
-    METHODS,
     STUDENT,
     TARGET,
     curves,
     draw_convergence,
+    names,
     of_nodes,
     plt,
     save,
@@ -183,13 +183,13 @@ def draw_gif(file: Path, runs: list[Path], nodes: list[Tensor], points: Tensor,
                                 layout="constrained", squeeze=False)
     style = dict(marker=".", linestyle="", markersize=2.5)
     panels = []
-    for run, axis in zip(runs, axes.flat):
-        axis.set(xlim=limits, ylim=limits, xticks=[], yticks=[], aspect="equal", title=" ")
+    for run, method, axis in zip(runs, names(runs), axes.flat):
+        axis.set(xlim=limits, ylim=limits, xticks=[], yticks=[], aspect="equal",
+                 title=heading(method, 1000, 0))
         axis.plot(*points.T, color=DATA, label="data", **style)
         (target,) = axis.plot([], [], color=TARGET, label="target", **style)
         (student,) = axis.plot([], [], color=STUDENT, label="student", **style)
         known = nodes if run == runs[0] else nodes[:1]  # of the other only the teacher is here
-        method = METHODS[files.load_json(run / "metrics.json", "finish that run")["method"]]
         panels.append((dict(read_snapshots(run)), known, axis, target, student, method))
     axes[0, 0].legend(loc="lower right", markerscale=3)
     figure.canvas.draw()
@@ -201,11 +201,16 @@ def draw_gif(file: Path, runs: list[Path], nodes: list[Tensor], points: Tensor,
             node = int(kept["node"])
             target.set_data(*known[node].T if node < len(known) else ([], []))
             student.set_data(*kept["student"].T)
-            where = f"node {node}" if node else "the teacher"
-            axis.set_title(f"{method}, iteration {now}: to {where}", fontsize=10)
+            axis.set_title(heading(method, now, node), fontsize=10)
 
     shown = [step for step in panels[0][0] if step <= EARLY or step % 400 == 0]
     shown += 12 * shown[-1:]  # it rests on the last
     files.atomically(file, lambda beside: FuncAnimation(figure, show, shown).save(
         beside, PillowWriter(fps=6)))  # made here, as one that is not written warns
     plt.close(figure)
+
+
+def heading(method: str, now: int, node: int) -> str:
+    """Of a panel, in as many lines as its width asks for."""
+    where = f"node {node}" if node else "the teacher"
+    return textwrap.fill(f"{method}, iteration {now}: to {where}", 45)
