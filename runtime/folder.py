@@ -217,8 +217,8 @@ def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
                "path": "it was recorded again since then, or is not the one of then: use that, or "
                "another --out"}.get(name, "use the same flags")
         if name.endswith("_sha256"):
-            raise Refusal(f"{what} was made with another {name[:-7]}, its files say: use the flags "
-                          "of then, which its config.json tells, or another --out")
+            raise Refusal(f"{what} was made with another {name[:-7]}, its files say: use the files "
+                          "and flags of then, which its config.json tells, or another --out")
         called = name if name in ("problem", "path") else flag_of(name)
         was, wanted = ("none" if of in ("", None) else of for of in (then.get(name), value))
         raise Refusal(f"{what} was made with {called} {was}, not {wanted}: {why}")

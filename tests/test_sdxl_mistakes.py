@@ -256,6 +256,9 @@ def test_what_generate_cannot_use_is_refused(offline, base, tmp_path):
     files.save_tensors(tmp_path / "01.safetensors", model.difference(unet, unet))  # of a node
     assert "no weights of a UNet" in refusal(
         generate.load, str(tmp_path / "01.safetensors"), str(base))
+    (tmp_path / "config.json").touch()  # as of a run
+    assert f"{tmp_path} is a run's folder, no prompt: name it by --student" in refusal(
+        generate.main, [str(tmp_path), "a dog", "--out", str(tmp_path / "images")])
     line = refusal(generate.load, str(base / UNET), "no/such/place")
     assert "--base" in line and "--model" not in line
     (tmp_path / "file").touch()

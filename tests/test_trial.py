@@ -539,7 +539,7 @@ def test_a_moved_teacher_is_known_by_its_hash(tmp_path):
     now = {"teacher": str(other), "teacher_sha256": "a"}
     folder.must_agree(tmp_path, then, now)
     told = refusal(folder.must_agree, tmp_path, then, now | {"teacher_sha256": "b"})
-    assert "was made with another teacher, its files say: use the flags of then" in told
+    assert "was made with another teacher, its files say: use the files and flags of then" in told
 
 
 def test_a_number_of_a_runs_config_that_cannot_be_is_said_to_be_there(tmp_path):
