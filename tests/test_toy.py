@@ -4,6 +4,7 @@ import gc
 import json
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +111,33 @@ def test_the_numbers_and_samples_of_the_page_are_those_of_the_log_and_of_the_sna
         torch.testing.assert_close(torch.tensor(frame["target"]) / 100, arrows, atol=0.02, rtol=0)
     assert len(shown["nodes"]) == 5 and len(page) < 3e6
     assert not re.search(r"https?://|src=|@import", page)  # it opens without a network
+
+
+def test_the_film_ends_with_the_run_and_says_of_another_no_more_than_it_has(
+        tmp_path, monkeypatch):
+    runs = [tmp_path / "long", tmp_path / "short"]
+    for run, steps in zip(runs, ((0, 20, 200, 300, 390), (0, 20))):
+        for step in steps:
+            files.save_tensors(run / "snapshots" / f"{step:07d}.safetensors", {
+                "x0": torch.zeros(4, 2), "student": torch.full((4, 2), float(step)),
+                "node": torch.tensor(0)})
+        files.save_json(run / "metrics.json", {"method": "vsd", "fake_init": "teacher"})
+    films = []
+
+    def film(*given):
+        films.append(given)
+        return SimpleNamespace(save=lambda beside, _: beside.touch())
+
+    monkeypatch.setattr(figures, "FuncAnimation", film)
+    figures.draw_gif(tmp_path / "film.gif", runs, [torch.zeros(4, 2)], torch.zeros(4, 2), (-1, 1))
+    ((figure, show, shown),) = films
+    assert sorted(set(shown)) == [0, 20, 390] and len(shown) > 10
+    show(shown[-1])
+    assert [axis.get_title() for axis in figure.axes] == [
+        "VSD (long), iteration 390: to the teacher", "VSD (short), iteration 20: to the teacher"]
+    assert [axis.lines[2].get_xdata()[0] for axis in figure.axes] == [390, 20]
+    (step, *later) = figures.moments([*range(0, 151, 5), *range(200, 2001, 100)])[-5:]
+    assert (step, later) == (400, [800, 1200, 1600, 2000])
 
 
 def test_runs_in_16_dimensions_and_without_a_path_end_with_all_figures_of_one_beside_another(

@@ -201,13 +201,20 @@ def draw_gif(file: Path, runs: list[Path], nodes: list[Tensor], points: Tensor,
             node = int(kept["node"])
             target.set_data(*known[node].T if node < len(known) else ([], []))
             student.set_data(*kept["student"].T)
-            axis.set_title(heading(method, now, node), fontsize=10)
+            axis.set_title(heading(method, min(now, max(snapshots)), node), fontsize=10)
 
-    shown = [step for step in panels[0][0] if step <= EARLY or step % 400 == 0]
+    shown = moments(list(panels[0][0]))
     shown += 12 * shown[-1:]  # it rests on the last
     files.atomically(file, lambda beside: FuncAnimation(figure, show, shown).save(
         beside, PillowWriter(fps=6)))  # made here, as one that is not written warns
     plt.close(figure)
+
+
+def moments(steps: list[int]) -> list[int]:
+    """Of a run's snapshots those that the film shows: all early ones, then every fourth, and the
+    last."""
+    return [*(step for step in steps if step <= EARLY),
+            *[step for step in steps if step > EARLY][::-4][::-1]]
 
 
 def heading(method: str, now: int, node: int) -> str:
