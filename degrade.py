@@ -28,7 +28,7 @@ class Recorder:
         if (self.folder / "path.json").exists():
             raise disback.Refusal(f"{folder} holds a path already: record into another folder")
         self.write = write or (lambda file, tensors: file.write_bytes(save({  # no views
-            name: w.clone(memory_format=torch.contiguous_format) for name, w in tensors.items()})))
+            n: w.cpu().clone(memory_format=torch.contiguous_format) for n, w in tensors.items()})))
         count = min(2 * nodes, steps) if spacing == "arc" else nodes
         self.candidates = {0, *(round(steps * i / count) if spacing == "linear" else
                                 max(i, int(steps ** (i / count))) for i in range(1, count + 1))}

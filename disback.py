@@ -35,7 +35,7 @@ def score_matching_loss(net: Callable, x0: Tensor, sigma: Tensor, cond: Any = No
                         weight: Tensor | float = 1.0, eps: Tensor | None = None) -> Tensor:
     """Denoising score matching: the mean of weight * |D(x, sigma) - x0|^2. Eq. 5 and Eq. 7 are one
     function: fake and degrading teacher are trained alike, on the student's samples x0 [n, ...],
-    from other starts. sigma > 0 and weight broadcast against x0; eps ~ N(0, 1) may be given."""
+    from different starts. sigma > 0 and weight broadcast against x0; eps ~ N(0, 1) may be given."""
     assert not x0.requires_grad
     x = x0 + sigma * (torch.randn_like(x0) if eps is None else eps)
     return (weight * (net(x, sigma, cond) - x0) ** 2).mean()
@@ -86,7 +86,7 @@ def update_score_model(net: Callable, optimizer: torch.optim.Optimizer, parts: S
 
 
 def update_average(average: nn.Module, net: nn.Module, decay: float) -> None:
-    """average = decay * average + (1 - decay) * net, weight by weight, in place; no buffers."""
+    """average = decay * average + (1 - decay) * net, in place, of parameters, not of buffers."""
     get_ema_multi_avg_fn(decay)(list(average.parameters()), list(net.parameters()), None)
 
 
@@ -98,8 +98,8 @@ def must_fit(net: nn.Module, weights: dict[str, Tensor]) -> None:
     if here != there:
         lacks, has = (f"{sorted(odd)[:2]} ({len(odd)})" for odd in (here - there, there - here))
         raise ValueError(f"it lacks {lacks} and has {has}")
-    if broken := [n for n, w in weights.items() if not w.to(own[n].dtype).isfinite().all()]:
-        raise ValueError(f"not finite: {', '.join(broken)}")
+    if bad := [n for n, w in weights.items() if not w.to(own[n].dtype).float().isfinite().all()]:
+        raise ValueError(f"not finite: {', '.join(bad)}")
 
 
 def load_strictly(net: nn.Module, weights: dict[str, Tensor]) -> None:

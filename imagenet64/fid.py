@@ -165,7 +165,7 @@ def of_npz(args: argparse.Namespace) -> tuple[Callable, int, int, dict]:
     source = Path(args.source)
     (images,) = features.read_npz(source, "arr_0")
     if images.ndim != 4 or images.dtype != "uint8" or images.shape[3] not in (1, 3):
-        raise disback.Refusal(f"{source}: arr_0 must be uint8 [n, h, w, c], not "
+        raise disback.Refusal(f"{source}: arr_0 must be uint8 [n, h, w, c] of 1 or 3 channels, not "
                               f"{images.dtype} {list(images.shape)}")
     blocks = args.blocks or 1
     size = args.images or len(images) // blocks

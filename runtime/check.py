@@ -166,9 +166,9 @@ def stop(out: Path, *argv: str, env: dict) -> str:
 
 
 def started(*argv: Any, env: dict | None = None) -> subprocess.Popen:
-    STARTED.append(subprocess.Popen(  # in a group of its own: Ctrl-C is for this process alone
+    STARTED.append(subprocess.Popen(
         [sys.executable, *map(str, argv)], cwd=ROOT, env=os.environ | (env or {}), text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0))
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
     return STARTED[-1]
 
 

@@ -42,8 +42,9 @@ def in_words(error: Exception, what: str = "") -> str:
     if told := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors tells it in words
         number = int(told[1])
     in_cache = re.search(rf"(?<!\S){re.escape(cache())}(/|[:;,\s]|$)", f"{name} {what}")
-    another = "name another cache by DISBACK_CACHE" if in_cache else "name another place"
-    another += " by HF_HOME" * ("HF_HOME" in what)
+    of_hub = re.search(r", by (HF_\w+)\)", what)
+    another = (f"name another place by {of_hub[1]}" if of_hub else
+               "name another cache by DISBACK_CACHE" if in_cache else "name another place")
     if isinstance(error, FileNotFoundError) and not error.filename:  # safetensors: it cannot read
         name = str(error).partition(": ")[2]
         number = errno.EACCES if os.path.lexists(name) else number

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -58,7 +59,7 @@ def save_tensors(file: pathlib.Path, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         tensor = gathered(tensor)
         if rank() == 0:
-            found[name] = tensor.contiguous()
+            found[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
     atomically(file, lambda beside: save_file(found, beside))
 
 

@@ -1,6 +1,7 @@
 """What the figures of all problems have in common: colours, a run's snapshots, its convergence."""
 
 import math
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,10 @@ def names(runs: list[Path]) -> list[str]:
         found.append(METHODS[metrics["method"]]
                      + OTHER_FAKES.get((metrics["method"], metrics.get("fake_init")), ""))
     if len({*found}) < len(found):
-        found = [f"{name} ({run.resolve().name})" for name, run in zip(found, runs)]
+        places = [run.resolve() for run in runs]
+        above = os.path.commonpath(places)
+        found = [f"{name} ({'/'.join(place.relative_to(above).parts) or place.name})"
+                 for name, place in zip(found, places)]
     return found
 
 

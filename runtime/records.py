@@ -1,4 +1,4 @@
-"""What a run has written on its way, read back: its log, its snapshots."""
+"""The numbers of a run: which may be written, and its log and snapshots, read back."""
 
 import contextlib
 import json

@@ -1,7 +1,8 @@
 """Where a pipeline's files lie: a local folder of diffusers' layout, or the hub's."""
 
+import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -18,7 +19,8 @@ TEXTS = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.jso
          "vae/config.json", "text_encoder/config.json", "text_encoder_2/config.json")
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
          "text_encoder": "model", "text_encoder_2": "model"}
-HUB = f"the hub (into {HF_HUB_CACHE}, which HF_HOME names)"
+HUB = (f"the hub (into {HF_HUB_CACHE}, by "
+       f"{'HF_HUB_CACHE' if os.environ.get('HF_HUB_CACHE') else 'HF_HOME'})")
 AROUND_UNET = [part for part in PARTS if part != "unet"]
 
 
@@ -79,11 +81,33 @@ def again(place: Path, otherwise: str = "fetch it again") -> str:
     return otherwise
 
 
-def find(model: str, cache: Path, flag: str = "--model", parts: Collection[str] = PARTS) -> Path:
+def must_be_pipeline(folder: Path, flag: str) -> None:
+    """Refuse the pipeline of another model, or for another use."""
+    kind = files.load_json(folder / "model_index.json", again(folder)).get("_class_name")
+    if kind != "StableDiffusionXLPipeline":
+        raise disback.Refusal(f"{folder} is not SDXL but {kind}: name an SDXL base model by {flag}")
+
+
+def fetch(model: str, parts: Collection[str], look: Callable) -> Path:
+    """The folder of a model of the hub. Its kind is looked at before its weights are fetched, which
+    have gigabytes: in fp32, or else in fp16."""
+    folder = Path(snapshot_download(model, allow_patterns=patterns("", ())))
+    if missing(folder, ()):
+        return folder
+    look(folder)
+    for end in ("", ".fp16"):
+        folder = Path(snapshot_download(model, allow_patterns=patterns(end, parts)))
+        if not missing(folder, parts):
+            break
+    return folder
+
+
+def find(model: str, cache: Path, flag: str = "--model", parts: Collection[str] = PARTS,
+         look: Callable = must_be_pipeline) -> Path:
     """The folder of `model`: the tiny pipeline's where it is empty, itself where it is a folder,
     and what the hub has under that name, fetched on first use, where it is not. Refuses, naming the
     `flag` that takes another, another kind of pipeline, and what lacks a file or has a broken one;
-    of weights only those of `parts` are fetched and looked at."""
+    of weights only those of `parts` are fetched and looked at. look(folder, flag) refuses more."""
     folder = Path(model).expanduser() if model else tiny.folder(cache)
     if folder.is_file():
         raise disback.Refusal(
@@ -91,7 +115,7 @@ def find(model: str, cache: Path, flag: str = "--model", parts: Collection[str] 
             "StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(FOLDER), and name "
             f"that folder by {flag}")
     takes = f"{flag} takes OWNER/NAME of the hub, or an SDXL pipeline's folder as diffusers has it"
-    wanted = ", ".join([*TEXTS, *(f"{part}/{PARTS[part]}.safetensors" for part in parts or PARTS),
+    wanted = ", ".join([*TEXTS, *(f"{part}/{PARTS[part]}.safetensors" for part in parts),
                         "tokenizer/* and tokenizer_2/*"])
     if not folder.is_dir():
         if not on_hub(model):
@@ -99,12 +123,9 @@ def find(model: str, cache: Path, flag: str = "--model", parts: Collection[str] 
         with files.blame(f"model {model} is no folder here and was not to be had from {HUB}: "
                          f"fetch it where there is a network, logged in if it is gated; {takes}: "
                          f"{wanted}"):
-            for end in ("", ".fp16"):
-                folder = Path(snapshot_download(model, allow_patterns=patterns(end, parts)))
-                if not missing(folder, parts):
-                    break
+            folder = fetch(model, parts, lambda folder: look(folder, flag))
     if (folder / "model_index.json").is_file():
-        must_be_sdxls(folder, flag)
+        must_be_pipeline(folder, flag)
     if lacking := missing(folder, parts):
         others = [str(file.relative_to(folder)) for kind in ("*/*.bin", "*/*.*.safetensors")
                   for file in sorted(folder.glob(kind)) if file not in read(folder)]
@@ -119,14 +140,8 @@ def find(model: str, cache: Path, flag: str = "--model", parts: Collection[str] 
             with files.blame(f"{file} is broken: {again(file)}"):
                 safe_open(file, "pt")
     vae_scale(folder)
+    look(folder, flag)
     return folder
-
-
-def must_be_sdxls(folder: Path, flag: str) -> None:
-    """Refuse the pipeline of another model, or for another use."""
-    kind = files.load_json(folder / "model_index.json", again(folder)).get("_class_name")
-    if kind != "StableDiffusionXLPipeline":
-        raise disback.Refusal(f"{folder} is not SDXL but {kind}: name an SDXL base model by {flag}")
 
 
 def vae_scale(folder: Path) -> int:

@@ -88,16 +88,14 @@ def load(folder: Path) -> tuple[UNet2DConditionModel, Tensor]:
 
 def find(name: str, cache: Path, flag: str = "--model",
          parts: Collection[str] = layout.PARTS) -> Path:
-    """The folder of an SDXL pipeline, as `layout.find` has it. Its kind is looked at before any
-    weights are fetched: they have gigabytes."""
-    must_be_sdxl(layout.find(name, cache, flag, ()), flag)
-    return layout.find(name, cache, flag, parts)
+    """The folder of an SDXL pipeline, as `layout.find` has it."""
+    return layout.find(name, cache, flag, parts, must_be_sdxl)
 
 
 def must_be_sdxl(folder: Path, flag: str = "--model") -> None:
     """Refuse the pipeline of another model, of inpainting or distilled for guidance, or of another
     noise schedule."""
-    layout.must_be_sdxls(folder, flag)
+    layout.must_be_pipeline(folder, flag)
     config = files.load_json(folder / "unet" / "config.json", layout.again(folder))
     for name, of_sdxl, default in (("addition_embed_type", "text_time", None), (
             "in_channels", 4, 4), ("out_channels", 4, 4), ("time_cond_proj_dim", None, None)):
@@ -114,6 +112,7 @@ def must_be_sdxl(folder: Path, flag: str = "--model") -> None:
         must(config["cross_attention_dim"] == first["hidden_size"] + second["hidden_size"],
              "cross_attention_dim must be the sum of their hidden_size")
     load_sigmas(folder, flag)
+    layout.vae_scale(folder)
 
 
 def load_part(kind: type, folder: Path, part: str) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import nn
 
 import degrade
 import disback
+from runtime import files
 
 
 class Shift(nn.Module):
@@ -53,30 +54,33 @@ def test_a_path_is_never_recorded_over_another(tmp_path):
     assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}  # at once
 
 
-class Tied(nn.Module):
-    """A network in channels_last, of two layers with one weight."""
+class Twins(nn.Module):
+    """Two convolutions, which may have one weight."""
 
-    def __init__(self):
+    def __init__(self, tied):
         super().__init__()
         self.first, self.second = (nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(2))
-        self.second.weight = self.first.weight
-        self.to(memory_format=torch.channels_last)
+        if tied:
+            self.second.weight = self.first.weight
 
     def forward(self, x, sigma, cond=None):
         return self.second(self.first(x))
 
 
-def test_a_teacher_in_channels_last_or_with_tied_weights_is_recorded_and_loaded(tmp_path):
-    net, other = Tied(), Tied()
-    assert not net.first.weight.is_contiguous()
+@pytest.mark.parametrize("tied, layout", [
+    (True, torch.contiguous_format), (False, torch.channels_last)])
+@pytest.mark.parametrize("write", [None, files.save_tensors])
+def test_a_teacher_in_channels_last_or_with_tied_weights_is_recorded_and_loaded(
+        tmp_path, tied, layout, write):
+    net, other = (Twins(tied).to(memory_format=layout) for _ in range(2))
     samples = [(torch.ones(2, 3, 4, 4), torch.ones(1), None)]
-    recorder = degrade.Recorder(tmp_path, net, 1, 1, samples)
+    recorder = degrade.Recorder(tmp_path, net, 1, 1, samples, write=write)
     with torch.no_grad():
         net.first.weight += 1
     recorder.offer(net, 1)
     recorder.close().load(1, other)
-    assert torch.equal(other.second.weight, net.first.weight)
-    assert other.second.weight is other.first.weight
+    assert torch.equal(other.first.weight, net.first.weight)
+    assert torch.equal(other.second.weight, net.second.weight)
 
 
 def test_a_spacing_that_there_is_not_is_no_other_one(tmp_path):

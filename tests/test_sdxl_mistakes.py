@@ -9,6 +9,7 @@ import shutil
 import stat
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -257,7 +258,7 @@ def test_what_generate_cannot_use_is_refused(offline, base, tmp_path):
     assert "no weights of a UNet" in refusal(
         generate.load, str(tmp_path / "01.safetensors"), str(base))
     (tmp_path / "config.json").touch()  # as of a run
-    assert f"{tmp_path} is a run's folder, no prompt: name it by --student" in refusal(
+    assert f"{tmp_path} is a folder here, no prompt: name a run by --student" in refusal(
         generate.main, [str(tmp_path), "a dog", "--out", str(tmp_path / "images")])
     line = refusal(generate.load, str(base / UNET), "no/such/place")
     assert "--base" in line and "--model" not in line
@@ -292,8 +293,10 @@ def test_a_hubs_cache_that_takes_nothing_is_named_with_its_variable(monkeypatch,
 
     for module in (layout, generate):
         monkeypatch.setattr(module, "snapshot_download", snapshot)
+    # The hub's cache may lie in ours.
+    monkeypatch.setenv("DISBACK_CACHE", str(Path(huggingface_hub.constants.HF_HUB_CACHE).parent))
     line = refusal(load)
-    assert "name another place by HF_HOME" in line
+    assert line.endswith(("name another place by HF_HOME", "name another place by HF_HUB_CACHE"))
     assert (error.filename or huggingface_hub.constants.HF_HUB_CACHE) in line
 
 
@@ -321,6 +324,16 @@ def test_a_scheduler_of_sdxls_noise_serves_whatever_its_class_would_do(mine, bas
     assert config["clip_sample"] is False
     edit(mine / "scheduler/scheduler_config.json", beta_start=math.nan)
     assert "noise schedule" in refusal(model.load_sigmas, mine)
+
+
+def test_all_that_a_folder_lacks_is_told_at_once_and_of_a_base_no_unet(mine, base):
+    for name in ("vae/config.json", "vae/diffusion_pytorch_model.safetensors", UNET):
+        (mine / name).unlink()
+    line = refusal(model.find, str(mine), mine)
+    assert "vae/config.json, " in line and f"lacks vae/config.json, {UNET}, vae/diff" in line
+    line = refusal(generate.load, str(base / UNET), str(mine / "gone"))
+    assert "vae/diffusion" in line and "unet/config.json" in line and UNET not in line.partition(
+        "--base takes")[2]
 
 
 def test_a_rank_of_another_cache_makes_no_pipeline(monkeypatch, tmp_path):

@@ -281,6 +281,14 @@ def test_two_runs_in_a_figure_are_told_apart(tmp_path, methods, called):
     assert plots.names(runs) == called
 
 
+def test_two_runs_of_one_name_are_told_apart_by_what_is_above(tmp_path):
+    runs = [tmp_path / "seed0" / "toy2d", tmp_path / "seed1" / "toy2d", tmp_path]
+    for run in runs:
+        files.save_json(run / "metrics.json", {"method": "vsd"})
+    assert plots.names(runs[:2]) == ["VSD (seed0/toy2d)", "VSD (seed1/toy2d)"]
+    assert plots.names(runs[1:]) == ["VSD (seed1/toy2d)", f"VSD ({tmp_path.name})"]
+
+
 @pytest.mark.parametrize("line", ['{"step": NaN}', "[1]", '{"step": "1"}', '{"step": -1}',
                                   '{"step": 1, "swd": "a"}', '{"swd": 1}'])
 def test_a_line_of_the_log_that_cannot_be_is_refused(finished, line):

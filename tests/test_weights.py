@@ -39,6 +39,14 @@ def test_weights_that_do_not_fit_are_refused_and_none_is_copied(tmp_path, load, 
     assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in before.items())
 
 
+def test_a_network_of_eight_bits_is_loaded():
+    """torch has no isfinite for it."""
+    net = torch.nn.Linear(2, 2, bias=False).to(torch.float8_e4m3fn)
+    weight = torch.tensor([[1.0, -2.0], [0.5, 448.0]])
+    disback.load_strictly(net, {"weight": weight})
+    assert torch.equal(net.weight.float(), weight)
+
+
 @pytest.mark.parametrize("held, dtype", [(7e4, torch.float16), (1e300, torch.float32)])
 def test_what_is_finite_in_the_file_alone_is_refused(held, dtype):
     net = torch.nn.Linear(1, 1, bias=False).to(dtype)
