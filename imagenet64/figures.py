@@ -51,7 +51,7 @@ def draw_path(file: Path, nodes: list[Tensor], snapshots: list) -> None:
     targets = [int(kept["node"]) for _, kept in snapshots[:1] + switched]
     back = [(snapshots[0][1]["x0"], "the start")]
     back += [(kept["x0"], f"after node {target}:\niteration {step}")
-             for target, (step, kept) in zip(targets, [*switched, snapshots[-1]])]
+             for target, (step, kept) in zip(targets, dict([*switched, snapshots[-1]]).items())]
     rows = max(len(there), len(back))
     figure, axes = plt.subplots(rows, 2, figsize=(13, 0.62 * rows + 0.5), layout="constrained",
                                 squeeze=False)

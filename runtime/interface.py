@@ -15,8 +15,9 @@ def setting(default: Any, text: str, stage: str = "", zero: bool = False, below:
             learns: bool = True) -> Any:
     """A field of a Config, and a flag of the `stage` that uses it, "" both, explained by `text`. A
     number is above 0 (`zero`: or 0) and `below`; without `learns` it changes nothing learnt."""
-    return dataclasses.field(default=default, metadata=dict(
-        help=text, stage=stage, learns=learns, limits=dict(zero=zero, below=below)))
+    return dataclasses.field(default=default, metadata=dict(  # argparse reads its % as a format
+        help=text.replace("%", "%%"), stage=stage, learns=learns,
+        limits=dict(zero=zero, below=below)))
 
 
 stage1 = functools.partial(setting, stage="degrade")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import same
 
-from imagenet64 import digits
+from imagenet64 import digits, figures
 
 
 def test_the_digits_are_the_test_set_of_uci():
@@ -73,3 +73,17 @@ def test_the_classifier_is_trained_once_and_again_when_its_training_changes(
     monkeypatch.setattr(digits, "STEPS", 6)
     assert not digits.classifier().head.weight.equal(first["head.weight"])
     assert len(list(empty_cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("end, last", [(4, "after node 1:\niteration 4"),
+                                       (6, "after node 0:\niteration 6")])
+def test_the_way_back_has_no_row_of_a_node_that_was_no_target(monkeypatch, tmp_path, end, last):
+    """The target switches to node 0 at iteration 4."""
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, file: drawn.append(figure))
+    x0, found = torch.zeros(10, 1, 8, 8), {0: 2, 2: 1, 4: 0, end: 0}
+    snapshots = [(step, {"x0": x0, "node": torch.tensor(node)}) for step, node in found.items()]
+    figures.draw_path(tmp_path / "path.png", [x0] * 4, snapshots)
+    (figure,) = drawn
+    said = [text.get_text() for axis in figure.axes[1::2] for text in axis.texts]
+    assert said[0] == last and len(said) == len(set(said))

@@ -10,11 +10,17 @@ import degrade
 from runtime import cli, interface
 
 PROBLEM = '''
-import copy
+import dataclasses
 import torch
-from runtime.interface import Config, Problem
+from runtime.interface import Config, Problem, setting
 
-PRESETS = {"small": Config(degrade_steps=20, backtrack_steps=12, nodes=3, interval=4, batch=16)}
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Config):
+    share: float = setting(0.5, "of 100%")
+
+
+PRESETS = {"small": Settings(degrade_steps=20, backtrack_steps=12, nodes=3, interval=4, batch=16)}
 
 
 class Denoiser(torch.nn.Module):
@@ -47,6 +53,9 @@ def test_it_runs_both_stages(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "runtime" / "cli.py"))
     out = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        degrade.main(["gauss1d", "--help"])
+    assert "of 100% (0.5)" in capsys.readouterr().out
     degrade.main(["gauss1d", "--out", str(out)])
     # What is said of it goes through a file, where a tuple is a list.
     backtrack.main(["gauss1d", "--out", str(out), "--lr-student", "0.1", "--lr-fake", "0.1"])
