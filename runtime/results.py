@@ -52,7 +52,8 @@ def finish(out: Path, problem: Problem, student: nn.Module, path: Any, compare: 
         "network_evals": {"stage1": stage1, "stage2": stage2, "total": stage1 + stage2},
         **measured})
     ranks.barrier()
-    with files.lost(f"the student is in {out}; the same command with --resume draws its figures"):
+    with files.lost(f"the student is in {out}; the same command with --resume, not "
+                    "--overwrite, draws its figures"):
         problem.draw(out, path, compare)
     if ranks.rank() == 0:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())

@@ -203,7 +203,7 @@ def draw_gif(file: Path, runs: list[Path], nodes: list[Tensor], points: Tensor,
             student.set_data(*kept["student"].T)
             axis.set_title(heading(method, min(now, max(snapshots)), node), fontsize=10)
 
-    shown = moments(list(panels[0][0]))
+    shown = moments(sorted({step for snapshots, *_ in panels for step in snapshots}))
     shown += 12 * shown[-1:]  # it rests on the last
     files.atomically(file, lambda beside: FuncAnimation(figure, show, shown).save(
         beside, PillowWriter(fps=6)))  # made here, as one that is not written warns
@@ -211,8 +211,8 @@ def draw_gif(file: Path, runs: list[Path], nodes: list[Tensor], points: Tensor,
 
 
 def moments(steps: list[int]) -> list[int]:
-    """Of a run's snapshots those that the film shows: all early ones, then every fourth, and the
-    last."""
+    """Of the steps of all runs' snapshots those that the film shows: all early ones, then every
+    fourth, and the last."""
     return [*(step for step in steps if step <= EARLY),
             *[step for step in steps if step > EARLY][::-4][::-1]]
 
