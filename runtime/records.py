@@ -1,6 +1,7 @@
 """The numbers of a run: which may be written, and its log and snapshots, read back."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import sys
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from disback import Refusal
 from runtime import files, ranks
 from runtime.errors import must
-from runtime.interface import Config
+from runtime.interface import Config, flag_of
 
 
 def check_number(file: Path, name: str, value: Any) -> None:
@@ -85,6 +86,22 @@ def check_finished(run: Path, problem: str, config: Config) -> None:
         check_number(run / "metrics.json", "steps", about["steps"] or None)
         must(read_log(run)[-1]["step"] == about["steps"], "its log ends elsewhere")
     read_snapshots(run)
+    note_difference(run, config)
+
+
+def note_difference(run: Path, config: Config) -> None:
+    """Say by which settings of its stage 2 a finished run differs, as figures do not."""
+    file = run / "config.json"
+    then = files.load_json(file, "name another run").get("backtrack") if file.exists() else None
+    then = then if isinstance(then, dict) else {}
+    differs = []
+    for field in dataclasses.fields(config):
+        now = getattr(config, field.name)
+        was = then.get(field.name, now)
+        if was != now and field.metadata["learns"] and field.metadata["stage"] != "degrade":
+            differs.append(f"{flag_of(field.name)} {was}")
+    if differs and ranks.rank() == 0:
+        print(f"note: the compared run was made with {', '.join(differs)}, this one is not")
 
 
 def check_state_numbers(state: dict) -> None:

@@ -168,6 +168,7 @@ def draw_mechanism(file: Path, runs: list[Path], data: Mixture) -> None:
         axis.grid(alpha=0.25)
         axis.axvspan(4, EARLY, color=DATA, alpha=0.12, linewidth=0)
         axis.xaxis.set_major_formatter("{x:g}")
+    axes[0, 1].set_ylim(0, max(axes[0, 1].get_ylim()[1], 1.2 * spread))  # its name is above it
     for axis in axes[1]:
         axis.set_xlabel("iteration")
     axes[0, 0].legend()
