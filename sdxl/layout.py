@@ -26,7 +26,7 @@ AROUND_UNET = [part for part in PARTS if part != "unet"]
 
 def weights(folder: Path, part: str) -> tuple[list[Path], str | None]:
     """The files of a part's weights, a whole or shards, in fp32 or else in fp16, and diffusers'
-    name for that. Where there is none, the name of one that is missing."""
+    name for that. Those that are missing are named as well."""
     stem = folder / part / PARTS[part]
     names = re.compile(re.escape(stem.name) + r"(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors")
     found = sorted(file for file in stem.parent.glob("*") if names.fullmatch(file.name))
@@ -35,7 +35,12 @@ def weights(folder: Path, part: str) -> tuple[list[Path], str | None]:
     index = Path(f"{stem}.safetensors.index{'.fp16' if variant else ''}.json")
     if any("-of-" in file.name for file in found) and not index.is_file():
         return [index], variant
-    return full or found or [Path(f"{stem}.safetensors")], variant
+    chosen = full or found or [Path(f"{stem}.safetensors")]
+    if shard := re.search(r"-\d+-of-(\d+)", chosen[0].name):  # with those that are missing
+        names = (chosen[0].name.replace(shard[0], f"-{i:05}-of-{shard[1]}")
+                 for i in range(1, int(shard[1]) + 1))
+        chosen = sorted({*chosen, *(stem.parent / name for name in names)})
+    return chosen, variant
 
 
 def read(folder: Path, parts: Collection[str] = PARTS) -> list[Path]:

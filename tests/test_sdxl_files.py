@@ -84,6 +84,7 @@ def test_a_shard_that_is_missing_or_cut_is_found_before_anything_is_computed(min
     shard.write_bytes(whole[:-9])
     assert f"{shard} is broken" in refusal(layout.find, str(mine), mine)
     shard.unlink()
+    assert f"lacks unet/{shard.name}: --model takes" in refusal(layout.find, str(mine), mine)
     assert shard.name in refusal(model.load, mine)
     index = mine / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     for broken in ("{", "{}", "[]"):
