@@ -129,9 +129,9 @@ def find(model: str, cache: Path, flag: str = "--model", parts: Collection[str] 
                          f"fetch it where there is a network, logged in if it is gated; {takes}: "
                          f"{wanted}"):
             folder = fetch(model, parts, lambda folder: look(folder, flag))
-    if (folder / "model_index.json").is_file():
-        must_be_pipeline(folder, flag)
     if lacking := missing(folder, parts):
+        if (folder / "model_index.json").is_file():  # another kind lacks what SDXL has
+            must_be_pipeline(folder, flag)
         others = [str(file.relative_to(folder)) for kind in ("*/*.bin", "*/*.*.safetensors")
                   for file in sorted(folder.glob(kind)) if file not in read(folder)]
         kept = (f"; {others[0]} is to be saved again as safetensors by diffusers, whose only "

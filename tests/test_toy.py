@@ -113,6 +113,16 @@ def test_the_numbers_and_samples_of_the_page_are_those_of_the_log_and_of_the_sna
     assert not re.search(r"https?://|src=|@import", page)  # it opens without a network
 
 
+def test_the_datas_spread_is_in_sight_above_every_runs(pair, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, file: drawn.append(figure))
+    data = mixture.Mixture.of_samples(torch.tensor([[-90.0, 0.0], [90.0, 0.0]]))
+    figures.draw_mechanism(tmp_path / "x.png", [pair / "main"], data)
+    axis = drawn[0].axes[1]
+    (text,) = [text for text in axis.texts if text.get_text() == "the data's"]
+    assert 60 < text.get_position()[1] < 0.9 * axis.get_ylim()[1]
+
+
 @pytest.mark.parametrize("compared", ["short", "long"])
 def test_the_film_ends_with_the_longer_run_and_says_of_the_other_no_more_than_it_has(
         tmp_path, monkeypatch, compared):
