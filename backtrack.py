@@ -95,10 +95,7 @@ class Networks:
 def prepare(argv: Sequence[str]) -> tuple[Any, Problem, disback.DegradationPath | None]:
     """The arguments, the problem, and the path, which plain VSD does without."""
     args, problem = cli.start("backtrack", __doc__, argv, **FLAGS)
-    args.fake_init = args.fake_init or ("degraded" if args.target == "path" else "teacher")
-    plain = (args.target, args.fake_init) == ("teacher", "teacher")
-    path = None if plain else open_path(args.path or args.out / "path", problem)
-    return args, problem, path
+    return args, problem, open_path(args.path, problem) if args.path else None
 
 
 def distil(args: Any, problem: Problem, path: disback.DegradationPath | None) -> None:

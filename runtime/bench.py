@@ -41,7 +41,6 @@ class Bench:
         args, _ = cli.parse("backtrack", "", [self.name, *argv, "--target", "teacher",
                                               "--lr-student", "1e-9", "--lr-fake", "1e-9"],
                             self.stage.FLAGS)
-        args.fake_init = "teacher"
         return self.stage.Networks(args, cli.make(args, self.make), None)
 
 

@@ -167,6 +167,8 @@ def check_compiler(on_gpu: bool) -> None:
 
 def check_common(args: argparse.Namespace, stage: str) -> None:
     """Refuse numbers out of range, and shards without ranks."""
+    if stage == "backtrack":
+        settle(args)
     if stage == "degrade" and args.config.nodes > args.config.degrade_steps:
         refuse(f"--nodes must be at most {args.config.degrade_steps}, the --steps")
     if not 0 <= args.seed < 2**63:
@@ -177,3 +179,13 @@ def check_common(args: argparse.Namespace, stage: str) -> None:
         refuse("--shard spreads over ranks: torchrun --nproc_per_node=N starts them")
     if args.compile:
         check_compiler(torch.cuda.is_available())
+
+
+def settle(args: argparse.Namespace) -> None:
+    """What --target and --out decide of stage 2: how the fake starts, and where the path is, which
+    plain VSD does without."""
+    args.fake_init = args.fake_init or ("degraded" if args.target == "path" else "teacher")
+    if (args.target, args.fake_init) != ("teacher", "teacher"):
+        args.path = args.path or args.out / "path"
+    elif args.path:
+        refuse(f"--path {args.path} is of no use to --target teacher alone: leave it out")

@@ -43,8 +43,11 @@ def enter(stage: str, args: Any) -> None:
         files.must_take_files(place, "--out")
     if ranks.rank() == 0:
         lock(out)  # first: what is there may be another's, under way
-    known = {name: vars(args)[name] for name in ("problem", "preset", "seed")}
-    known |= what_matters(args.config, stage)
+    known = {name: vars(args)[name] for name in ("problem", "preset", "seed", "target", "fake_init")
+             if name in args} | what_matters(args.config, stage)
+    walked = args.path if stage == "backtrack" else None
+    if walked and (walked / "path.json").is_file():
+        known["path"] = files.sha256(walked / "path.json")
     recorded = stage == "degrade" and (out / "path" / "path.json").exists()
     refuse_taken(stage, args)
     if recorded and args.resume:
@@ -53,18 +56,14 @@ def enter(stage: str, args: Any) -> None:
     elif args.resume:
         check_state(out, stage, known, own(args))
         records.check_left(out)
-    if stage == "backtrack" and (args.target == "path" or args.fake_init == "degraded"):
-        records.must_be_recorded(args.path or out / "path", args.resume)
-        path = read_path(args.path or out / "path", known)
+    if walked:
+        records.must_be_recorded(walked, args.resume)
+        path = read_path(walked, known)
         wanted, nodes = vars(args).get("config.nodes"), len(path) - 1
         if wanted not in (None, nodes) and ranks.rank() == 0:
-            print(f"note: --nodes {wanted} changes nothing: {path.folder} has {nodes}")
-    elif stage == "backtrack" and args.path:
-        raise Refusal(f"--path {args.path} is of no use to --target teacher alone: leave it out")
+            print(f"note: --nodes {wanted} changes nothing: {walked} has {nodes}")
     if stage == "backtrack" and args.compare:
-        records.check_finished(args.compare, args.problem, args.config)
-        if args.compare.resolve() == out.resolve():
-            raise Refusal(f"--compare {args.compare} is this run itself: name another one")
+        records.check_finished(args.compare, args.problem, args.config, out)
     if args.resume and recorded:
         if ranks.rank() == 0:
             (out / "path" / "state.pt").unlink(missing_ok=True)

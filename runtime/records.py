@@ -70,8 +70,10 @@ def cut_log(file: Path, step: int) -> None:
             snapshot.unlink()
 
 
-def check_finished(run: Path, problem: str, config: Config) -> None:
-    """Refuse a run that the figures of one of `problem` cannot show beside theirs."""
+def check_finished(run: Path, problem: str, config: Config, out: Path) -> None:
+    """Refuse a run that the figures of one of `problem`, in `out`, cannot show beside theirs."""
+    if run.resolve() == out.resolve():
+        raise Refusal(f"--compare {run} is this run itself: name another one")
     about = files.load_json(run / "metrics.json", "--compare takes a finished run")
     if about.get("problem") != problem:
         raise Refusal(f"{run} is a run of {about.get('problem')}: --compare takes one of {problem}")

@@ -244,6 +244,24 @@ def test_a_run_that_walked_another_path_is_told_to_name_it(finished, refused, no
         backtrack.main, [*argv, "--resume"])
 
 
+def test_a_resume_towards_another_target_is_refused_before_a_teacher_is_made(
+        pair, recorded, refused, no_training, tmp_path):
+    (walked, plain), walks = (shutil.copytree(pair / name, tmp_path / name)
+                              for name in ("main", "vsd")), recorded / "path"
+    other = shutil.copytree(walks, tmp_path / "other")
+    edit(other / "path.json", seconds=0.5)
+    for out, flags, told in (
+            (plain, [], "--target teacher, not path: use the same flags"),
+            (plain, ["--path", walks], "--target teacher, not path: use the same flags"),
+            (plain, ["--target", "teacher", "--fake-init", "degraded", "--path", walks],
+             "--fake-init teacher, not degraded"),
+            (walked, ["--target", "teacher"], "--target path, not teacher"),
+            (walked, ["--fake-init", "teacher"], "--fake-init degraded, not teacher"),
+            (walked, ["--path", other], "recorded again since then, or is not the one of then")):
+        assert told in refused(backtrack.main, [
+            "toy2d", *BACKTRACK, "--out", out, "--resume", *flags])
+
+
 @pytest.mark.parametrize("content", ["{}", "[]", '{"mine": 1}'])
 def test_a_strangers_config_is_not_replaced(tmp_path, refused, no_training, content):
     (tmp_path / "config.json").write_text(content)

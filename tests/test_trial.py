@@ -106,7 +106,7 @@ def finished(recorded, tmp_path):
 @pytest.fixture
 def compared(finished, recorded, refused, no_training, tmp_path):
     """Whether it is refused to compare with that run, in which line, before anything is made."""
-    records.check_finished(finished, "toy2d", problem.PRESETS["ring"])  # as it is
+    records.check_finished(finished, "toy2d", problem.PRESETS["ring"], tmp_path)  # as it is
 
     def run():
         line = refused(backtrack.main, ["toy2d", "--path", recorded / "path", *BACKTRACK, "--out",
@@ -267,14 +267,15 @@ def test_curves_stand_at_steps_or_at_the_evaluations_of_both_stages(
     assert dotted.get_xdata()[0] == switched
 
 
-def test_settings_by_which_a_compared_run_differs_are_told_once(finished, capsys, monkeypatch):
+def test_settings_by_which_a_compared_run_differs_are_told_once(finished, capsys, monkeypatch,
+                                                                tmp_path):
     ring = problem.PRESETS["ring"]
-    records.check_finished(finished, "toy2d", ring)  # which has no config.json
+    records.check_finished(finished, "toy2d", ring, tmp_path)  # which has no config.json
     about = dataclasses.asdict(ring) | {"ema": 0.0, "lr_fake": 1e-3, "log_every": 3, "nodes": 7}
     files.save_json(finished / "config.json", {"backtrack": about, "degrade": {}})
     for rank in (0, 1):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        records.check_finished(finished, "toy2d", ring)
+        records.check_finished(finished, "toy2d", ring, tmp_path)
     assert capsys.readouterr().out == (
         "note: the compared run was made with --lr-fake 0.001, --ema 0.0, this one is not\n")
 
