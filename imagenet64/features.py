@@ -78,7 +78,8 @@ def read_reference(file: Path) -> tuple[Tensor, Tensor]:
 
 def read_npz(file: Path, *names: str) -> list[np.ndarray]:
     """The arrays of these names, none of them unpickled; Refusal where the file lacks one."""
-    with files.blame(f"{file} is no .npz file with {' and '.join(names)}"):
+    with files.blame(f"{file} is no .npz file with {' and '.join(names)}: "
+                     + files.remedy(file, "name another")):
         with open(file, "rb") as handle:
             if not zipfile.is_zipfile(handle):  # numpy's advice would be to trust it
                 raise ValueError("it is no archive of arrays")

@@ -43,20 +43,21 @@ def read_log(run: Path, begun: bool = True) -> list[dict]:
 
 def read_snapshots(out: Path) -> list[tuple[int, dict[str, Tensor]]]:
     """(step, {x0 [n, ...], node}) of each snapshot, the first first."""
-    found, first = [], {}
+    found, broken = {}, "{} is broken: remove it, and the figures do without it".format
     for file in sorted((out / "snapshots").glob("[0-9]*.safetensors")):
-        if not file.stem.isdigit():
-            continue  # a user's own
-        with files.blame(f"{file} is broken: remove it, and the figures do without it"):
-            held = load_file(file)
-            shapes = {name: t.shape for name, t in held.items()}
-            first = first or shapes
-            must(shapes == first and shapes["x0"] and held["node"].item() >= 0 and all(
-                 t.isfinite().all() for t in held.values()), "no snapshot has such numbers")
-            found.append((int(file.stem), held))
+        if file.stem.isdigit():  # else a user's own
+            with files.blame(broken(file)):
+                found[file] = load_file(file)
     if not found:
         raise Refusal(f"{out}/snapshots has none left: figures need a run whose folder is whole")
-    return found
+    kinds = {file: sorted((name, str(t.dtype), t.shape) for name, t in held.items())
+             for file, held in found.items()}
+    usual = max(kinds.values(), key=list(kinds.values()).count)  # the odd one out is blamed
+    for file, held in found.items():
+        with files.blame(broken(file)):
+            must(kinds[file] == usual and held["x0"].dim() and held["node"].item() >= 0 and all(
+                 t.isfinite().all() for t in held.values()), "no snapshot has such numbers")
+    return [(int(file.stem), held) for file, held in found.items()]
 
 
 def cut_log(file: Path, step: int) -> None:

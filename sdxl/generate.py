@@ -44,8 +44,9 @@ def main(argv: list[str]) -> None:
     if any(not 0 <= seed < 2**63 for seed in args.seeds):
         command.refuse("--seeds must be from 0 to 2**63 - 1")
     for prompt in args.prompts:
-        if os.path.isfile(os.path.join(prompt or "-", "config.json")):
-            command.refuse(f"{prompt} is a folder here, no prompt: name a run by --student")
+        if os.path.isfile(prompt) or os.path.isfile(os.path.join(prompt or "-", "config.json")):
+            command.refuse(f"{prompt} is a file or a run, no prompt: write the words themselves, "
+                           "and name a run by --student")
     run = whole(args.student)
     of_run = (run / "student").is_dir()
     out = args.out or (run if of_run else Path("runs")) / "images"
@@ -83,7 +84,7 @@ def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeli
     file, about = find(student)
     weights = model.read_unet(file)  # first: the base may be a download of gigabytes
     base = about["base"] if base is None else base
-    base = local_base(file.parent.parent) if base is None else base
+    base = local_base(whole(student)) if base is None else base
     folder = model.find(base, files.cached(""), "--base", layout.AROUND_UNET)
     config = files.load_json(folder / "unet/config.json", layout.again(folder))
     unet = model.load_unet(config, weights, file)
@@ -111,11 +112,12 @@ def find(student: str) -> tuple[Path, dict]:
             place = Path(snapshot_download(student, allow_patterns=[WEIGHTS, ABOUT])) / WEIGHTS
             must(place.is_file(), "it has no such file")
     for folder in (whole(place) / "student", whole(place)):
-        if (folder / ABOUT).is_file():
+        if (folder / ABOUT).is_file() and place.exists():
             about |= read_about(folder / ABOUT)
             records.note_older(folder.parent, about.get("iteration"))
-            file = folder / WEIGHTS
-            return place if place.is_file() and not file.exists() else file, about
+            file = folder / WEIGHTS  # student.safetensors may hold adapters alone
+            named = place.is_file() and (place.name != "student.safetensors" or not file.exists())
+            return place if named else file, about
     if place.is_file():
         return place, about
     if place.is_dir():

@@ -33,13 +33,14 @@ def weights(folder: Path, part: str) -> tuple[list[Path], str | None]:
     full = [file for file in found if ".fp16" not in file.name]
     variant = "fp16" if found and not full else None
     index = Path(f"{stem}.safetensors.index{'.fp16' if variant else ''}.json")
-    if any("-of-" in file.name for file in found) and not index.is_file():
-        return [index], variant
     chosen = full or found or [Path(f"{stem}.safetensors")]
-    if shard := re.search(r"-\d+-of-(\d+)", chosen[0].name):  # with those that are missing
-        names = (chosen[0].name.replace(shard[0], f"-{i:05}-of-{shard[1]}")
-                 for i in range(1, int(shard[1]) + 1))
-        chosen = sorted({*chosen, *(stem.parent / name for name in names)})
+    if any("-of-" in file.name for file in chosen):
+        if not index.is_file():
+            return [index], variant
+        with files.blame(f"{index} is broken: {again(index)}"):
+            names = set(files.load_json(index, again(index))["weight_map"].values())
+            must(names and not any(Path(name).name != name for name in names), "it names no files")
+        chosen = sorted(stem.parent / name for name in names)
     return chosen, variant
 
 

@@ -99,6 +99,15 @@ def test_each_reader_takes_its_own_file(server, tmp_path, monkeypatch):
         assert download.fetch(server.url, file, check).read_bytes() == body
 
 
+def test_a_broken_reference_is_removed_where_it_was_fetched_and_else_another_named(
+        tmp_path, monkeypatch):
+    (tmp_path / "page.npz").write_bytes(PAGE)
+    assert "sigma: name another (" in refusal(features.read_reference, tmp_path / "page.npz")
+    monkeypatch.setenv("DISBACK_CACHE", str(tmp_path))
+    assert f"sigma: remove {tmp_path / 'page.npz'}, and it is made or fetched again (" in refusal(
+        features.read_reference, tmp_path / "page.npz")
+
+
 def test_of_two_that_fetch_at_one_time_one_waits_and_both_get_the_whole_file(server, tmp_path):
     file, found = tmp_path / "file.bin", []
     server.between = lambda: time.sleep(0.3)

@@ -160,18 +160,21 @@ def test_an_argument_that_is_not_utf_8_is_refused(refused):
 
 @pytest.mark.parametrize("broken", [b"", b"cut", {"x0": torch.zeros(2, 2)}, {
     "x0": torch.full((2, 2), torch.nan), "node": torch.tensor(0)}, {
-    "x0": torch.zeros(2, 2), "node": torch.tensor(-2)}])
+    "x0": torch.zeros(2, 2), "node": torch.tensor(-2)}, {
+    "x0": torch.zeros(2, 2).double(), "node": torch.tensor(3)}])
 def test_a_broken_snapshot_is_named_when_the_figures_are_drawn(tmp_path, broken):
     from runtime import plots
 
     good = {"x0": torch.zeros(2, 2), "node": torch.tensor(3)}
-    for name in ("0000000", "0000005", "2024-best"):  # the last is a user's own
+    for name in ("0000000", "0000005", "0000009", "2024-best"):  # the last is a user's own
         files.save_tensors(tmp_path / "snapshots" / f"{name}.safetensors", good)
     assert [(step, int(kept["node"])) for step, kept in plots.read_snapshots(tmp_path)] == [
-        (0, 3), (5, 3)]
-    file = tmp_path / "snapshots" / "0000005.safetensors"
-    file.write_bytes(broken) if isinstance(broken, bytes) else files.save_tensors(file, broken)
-    assert f"{file} is broken: remove it" in refusal(plots.read_snapshots, tmp_path)
+        (0, 3), (5, 3), (9, 3)]
+    for name in ("0000000", "0000009"):  # the first is not what the others must be like
+        file = tmp_path / "snapshots" / f"{name}.safetensors"
+        file.write_bytes(broken) if isinstance(broken, bytes) else files.save_tensors(file, broken)
+        assert f"{file} is broken: remove it" in refusal(plots.read_snapshots, tmp_path)
+        files.save_tensors(file, good)
     shutil.rmtree(tmp_path / "snapshots")
     assert "none left" in refusal(plots.read_snapshots, tmp_path)
 

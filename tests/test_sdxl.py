@@ -415,7 +415,7 @@ def test_a_student_of_a_local_model_keeps_every_path_to_its_run(mine, tmp_path, 
         line = refusal(generate.load, str(tmp_path / "run"))
         assert "a folder that is known to its run alone: name that by --base" in line
     files.save_json(tmp_path / "run" / "config.json", {"backtrack": {"model": str(mine)}})
-    for student in ("run", "run/student"):
+    for student in ("run", "run/student", "run/student/unet/diffusion_pytorch_model.safetensors"):
         pipe, about = generate.load(str(tmp_path / student))
         assert about == {"base": None, "timestep": 399, "size": 32, "iteration": 20}
         assert torch.equal(pipe.unet.conv_in.weight, made.student.unet.conv_in.weight)

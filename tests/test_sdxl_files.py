@@ -83,13 +83,14 @@ def test_a_shard_that_is_missing_or_cut_is_found_before_anything_is_computed(min
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-9])
     assert f"{shard} is broken" in refusal(layout.find, str(mine), mine)
-    shard.unlink()
+    shard.rename(shard.with_name(f"{layout.PARTS['unet']}-00002-of-00009.safetensors"))  # astray
     assert f"lacks unet/{shard.name}: --model takes" in refusal(layout.find, str(mine), mine)
     assert shard.name in refusal(model.load, mine)
     index = mine / "unet" / "diffusion_pytorch_model.safetensors.index.json"
-    for broken in ("{", "{}", "[]"):
+    for broken in ("{", "{}", "[]", '{"weight_map": {}}', '{"weight_map": {"a": "../x"}}'):
         index.write_text(broken)
-        assert f"{mine / 'unet'} does not hold this" in refusal(model.load, mine)
+        assert str(index) in refusal(layout.find, str(mine), mine)
+        assert str(index) in refusal(model.load, mine)
 
 
 CHANGES = {

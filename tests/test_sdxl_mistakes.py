@@ -258,8 +258,9 @@ def test_what_generate_cannot_use_is_refused(offline, base, tmp_path):
     assert "no weights of a UNet" in refusal(
         generate.load, str(tmp_path / "01.safetensors"), str(base))
     (tmp_path / "config.json").touch()  # as of a run
-    assert f"{tmp_path} is a folder here, no prompt: name a run by --student" in refusal(
-        generate.main, [str(tmp_path), "a dog", "--out", str(tmp_path / "images")])
+    for place in (tmp_path, tmp_path / "w.bin"):
+        assert f"{place} is a file or a run, no prompt: write the words" in refusal(
+            generate.main, [str(place), "a dog", "--out", str(tmp_path / "images")])
     line = refusal(generate.load, str(base / UNET), "no/such/place")
     assert "--base" in line and "--model" not in line
     (tmp_path / "file").touch()
