@@ -129,7 +129,7 @@ class DegradationPath:
             raise
         except Exception as error:
             raise Refusal(f"{file} is missing or broken: record the path with degrade.py, or name "
-                          f"another by --path ({type(error).__name__}: {error})") from error
+                          f"another path ({type(error).__name__}: {error})") from error
 
     @classmethod
     def create(cls, folder: pathlib.Path, nodes: Sequence[pathlib.Path],

@@ -23,6 +23,7 @@ from runtime import command, files, ranks, results
 from runtime.errors import must
 
 SAVE_EVERY = 5000  # images between savings of a measurement that is under way
+ELSEWHERE = "folder: copy what is measured to one that takes the result"
 
 
 def measure(batches_of_block: Callable[[int, int], Iterable[Tensor]], extract: Callable,
@@ -116,8 +117,7 @@ def main(argv: list[str]) -> None:
     device = ranks.device()
     npz = args.source.endswith(".npz")
     base = Path(args.source).with_suffix(".fid") if npz else sample.default_name(args, "fid")
-    files.must_take_files(base.parent, "folder: copy what is measured to one that takes "
-                          "the result")
+    files.must_take_files(base.parent, ELSEWHERE)
     config = problem.PRESETS[args.preset or "tiny"] if npz else sample.config_of(args)
     if config.images == "digits" and (args.inception or args.reference):
         command.refuse("--inception and --reference are for ImageNet, not for the digits")
@@ -134,11 +134,13 @@ def main(argv: list[str]) -> None:
     with ranks.first_rank_first():
         extractor, reference = (features.of_digits(device) if config.images == "digits"
                                 else features.of_inception(*inception_files(args), device))
+    files.must_take_files(base.parent, ELSEWHERE, 32 * len(reference[0])**2)  # savings, two
     name = f"{base.name}-{size}x{blocks}"
     under_way, kept = (base.with_name(name + end) for end in (".partial.safetensors", ".json"))
     if kept.exists():
         with files.blame(f"{kept} is in the way of the result: move it"):
             must("distances" in files.load_json(kept, "move it"), "it is no measurement's")
+    files.sweep(base.parent, under_way.name)
     result = measure(batches, results.SplitOverRanks(extractor), reference, size, blocks, under_way,
                      about | extractor.about)
     files.save_json(kept, result)

@@ -38,9 +38,11 @@ class Bench:
     def networks(self, argv: Sequence[str]) -> Any:
         """The stage's, of its arguments. Small learning rates keep random networks finite, however
         many the iterations."""
-        args, _ = cli.parse("backtrack", "", [self.name, *argv, "--target", "teacher",
-                                              "--lr-student", "1e-9", "--lr-fake", "1e-9"],
-                            self.stage.FLAGS)
+        args, _ = cli.parse("backtrack", "", [
+            self.name, *argv, "--target", "teacher", "--fake-init", "teacher",
+            "--lr-student", "1e-9", "--lr-fake", "1e-9"], self.stage.FLAGS)
+        if args.resume or args.overwrite or args.compare:
+            command.refuse("--resume, --overwrite and --compare are for a run, not for a benchmark")
         return self.stage.Networks(args, cli.make(args, self.make), None)
 
 
@@ -152,7 +154,8 @@ def parse(bench: Bench, every: int, argv: Sequence[str]) -> tuple[argparse.Names
     """The benchmark's own flags, and those of the stage."""
     parser = command.parser(f"python -m {bench.name}.bench", "",
                             epilog=f"All other flags are those of backtrack.py {bench.name}; "
-                            "its --target, --lr-student and --lr-fake change nothing here.")
+                            "its --target, --fake-init, --lr-student, --lr-fake and --out change "
+                            "nothing here.")
     parser.add_argument("--batch", type=command.count, nargs="+",
                         help="a table each; default: preset's")
     parser.add_argument("--iterations", type=command.count, default=every,

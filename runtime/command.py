@@ -57,7 +57,8 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
         if errors.out_of_memory(error):
             end(2, str(error) or "out of memory", f"({memory})" if memory else "")
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-            end(2, "--compile failed: --no-compile runs without;", str(error)[:300])
+            told = str(error).partition("Output:")[2] or str(error)  # after the compiler's command
+            end(2, "--compile failed: --no-compile runs without;", told[:300])
         if dist.is_initialized() and isinstance(error, RuntimeError) and "gloo" in str(error):
             end(2, "another rank has ended before")
         if isinstance(error, ModuleNotFoundError):

@@ -176,8 +176,9 @@ def claim(args: Any, problem: Problem, stage: str, settings: dict, need: int) ->
                      "accumulate": args.accumulate, "shard": args.shard, "compile": args.compile,
                      "versions": {"python": sys.version.split()[0], "torch": torch.__version__}}
     files.save_json(args.out / "config.json", stages)
-    for name in ("", "path", "snapshots", "figures"):
-        files.sweep(args.out / name)
+    for name in map(Path, (*args.writes, "config.json")):  # other programs' may be under way
+        files.sweep((args.out / name).parent, name.name)
+        files.sweep(args.out, name.parts[0])  # a folder that is written whole
     ranks.barrier()
 
 
@@ -226,7 +227,7 @@ def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
 def read_path(folder: Path, known: dict, load_node: Any = None) -> DegradationPath:
     """A recorded path, which must have been recorded by the same flags as far as it names them."""
     for file in folder.glob("*.safetensors"):
-        with files.blame(f"{file} cannot be read: record the path again, or name another --path"):
+        with files.blame(f"{file} cannot be read: record the path again, or name another path"):
             file.open("rb").close()  # safetensors calls missing what it must not read
     path = DegradationPath(folder, load_node)
     for name in ("steps", "positions"):

@@ -22,8 +22,10 @@ def work(function: Callable, jobs: Sequence, processes: int, take: Callable[[Any
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, ProcessPoolExecutor(
             min(processes, len(jobs) or 1), context, follow_parent, (folder,)) as pool:
         try:
-            futures = as_completed([pool.submit(function, job) for job in jobs])
-            for future in tqdm(futures, "jobs", len(jobs), smoothing=0.02):
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # by workers too
+            futures = [pool.submit(function, job) for job in jobs]
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            for future in tqdm(as_completed(futures), "jobs", len(jobs), smoothing=0.02):
                 take(future.result())
         except BaseException as error:
             for worker in multiprocessing.active_children():
@@ -35,11 +37,10 @@ def work(function: Callable, jobs: Sequence, processes: int, take: Callable[[Any
 
 
 def follow_parent(folder: str) -> None:
-    """A worker whose parent was killed would wait for work for ever; an interrupt is the parent's
-    to answer. Temporary files go into `folder`, which outlives a worker that is killed."""
+    """A worker whose parent was killed would wait for work for ever. Temporary files go into
+    `folder`, which outlives a worker that is killed."""
     tempfile.tempdir = folder
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, of which a killed worker leaves one
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait():
         multiprocessing.parent_process().join()

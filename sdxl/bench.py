@@ -11,16 +11,20 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 import backtrack
+from disback import Refusal
 from runtime import bench, command
 from runtime.interface import Problem
 from sdxl import assembly, memory, tiny
-from sdxl.settings import Config
+from sdxl.settings import FULL, TINY, Config
 
 PROMPTS = 200
 
 
 def make(config: Config, seed: int, device: Any) -> Problem:
-    """A random UNet, made where it is to be; the preset's --model, if any, is taken for SDXL."""
+    """A random UNet, made where it is to be, of the tiny one's shape or of SDXL's."""
+    if config.model not in (TINY.model, FULL.model):
+        raise Refusal(f"--model {config.model} is of no use to a benchmark, whose weights are "
+                      "random: --preset full has SDXL's shape")
     shape, scale = (memory.BASE, 8) if config.model else (dict(tiny.unet().config), 2)
     with torch.device(device):
         unet = UNet2DConditionModel.from_config(shape).eval()

@@ -183,12 +183,13 @@ def export(out: Path, folder: Path, rank: int, **about) -> None:
     unet = (model.merged(folder, file, rank) if rank
             else model.load_unet(config, model.read_unet(file), file))
     unet.register_to_config(_name_or_path="")  # no path of this machine goes to the hub
-    with files.blame(f"cannot write {out}/student: make room, then backtrack.py --resume"), \
+    with files.blame(f"cannot write {out}/student: backtrack.py --resume writes it again"), \
             tempfile.TemporaryDirectory(files.UNFINISHED, ".student.", out) as folder_beside:
         beside = Path(folder_beside)
         unet.save_pretrained(beside / "unet", max_shard_size="12GB")
-        LCMScheduler.from_pretrained(  # DDIM's would clip the latents
-            folder, subfolder="scheduler", clip_sample=False).save_pretrained(beside / "scheduler")
+        noise = {**LCMScheduler.load_config(folder, subfolder="scheduler"), "clip_sample": False}
+        LCMScheduler(**LCMScheduler.extract_init_dict(noise)[0]).save_pretrained(  # DDIM's clips
+            beside / "scheduler")
         torch.save(unet.state_dict(), beside / WEIGHTS)
         files.save_json(beside / ABOUT, about)
         (beside / "README.md").write_text(card(about["base"], about["timestep"], about["size"]))

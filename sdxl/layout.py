@@ -76,7 +76,7 @@ def on_hub(name: str) -> bool:
             and Path(rest).suffix not in (".safetensors", ".ckpt", ".bin", ".pt"))
 
 
-def again(place: Path, otherwise: str = "fetch it again") -> str:
+def again(place: Path, otherwise: str = "fetch or save it again") -> str:
     """What helps against a broken file or folder of a pipeline: who made it decides. The hub's
     library fetches nothing again that its cache has. `otherwise` it is the user's."""
     for folder in (place, *place.parents):

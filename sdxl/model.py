@@ -105,7 +105,8 @@ def must_be_sdxl(folder: Path, flag: str = "--model") -> None:
                                   f"an SDXL base model by {flag}")
     first, second = (files.load_json(folder / part / "config.json", layout.again(folder))
                      for part in ("text_encoder", "text_encoder_2"))
-    with files.blame(f"{folder / 'unet' / 'config.json'} does not fit its text encoders"):
+    with files.blame(f"the config.json of unet, text_encoder and text_encoder_2 in {folder} do not "
+                     f"fit together: {layout.again(folder)}"):
         must(config["projection_class_embeddings_input_dim"] ==
              6 * config["addition_time_embed_dim"] + second["projection_dim"],
              "projection_class_embeddings_input_dim must be 6 * addition_time_embed_dim + "

@@ -58,7 +58,7 @@ def table(capsys, name, *argv):
 
 
 @pytest.mark.parametrize("name, argv, evals", [
-    ("toy2d", [*TOY, "--fake-updates", "1", "--batch", "3"], 8),
+    ("toy2d", [*TOY, "--fake-updates", "1", "--batch", "3", "--fake-init", "degraded"], 8),
     ("toy2d", [*TOY, "--fake-updates", "5", "--batch", "3"], 24),
     ("sdxl", ["--no-compile", "--fake-updates", "2", "--batch", "2"], 13)])
 def test_an_iteration_costs_the_bound(name, argv, evals):
@@ -179,6 +179,11 @@ def test_the_latents_and_the_noise_levels_are_sdxls(small_full, argv, side):
     assert sdxl_bench.noise_levels()[399].item() == pytest.approx(1.16057, abs=1e-5)
 
 
+def test_sdxls_shape_is_not_taken_for_another_models(refused):
+    line = refused(functools.partial(bench.main, sdxl_bench.BENCH, 1), ["--model", "my/model"])
+    assert "--model my/model is of no use" in line and "--preset full has SDXL's shape" in line
+
+
 def test_no_weight_of_the_adm_starts_at_zero():
     net = imagenet64_bench.random_teacher(imagenet64.TINY)
     assert all(weight.any() for weight in net.parameters())
@@ -187,7 +192,9 @@ def test_no_weight_of_the_adm_starts_at_zero():
 @pytest.mark.parametrize("argv, cause", [
     (["--batch", "0"], "batch"), (["--batch", "8", "many"], "many"),
     (["--iterations", "0"], "--iterations"), (["--bath", "8"], "--bath"),
-    (["--batch", "3", "--accumulate=2"], "--accumulate")])
+    (["--batch", "3", "--accumulate=2"], "--accumulate"), (["--resume"], "are for a run"),
+    (["--path", "p"], "--path p is of no use"), (["--overwrite"], "are for a run"),
+    (["--compare", "r"], "are for a run")])
 def test_a_mistake_ends_it_in_one_line(refused, argv, cause):
     assert cause in refused(functools.partial(bench.main, toy_bench.BENCH, 1), argv)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import disback
 from imagenet64 import digits, features, fid, problem, sample, study
+from runtime import errors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 REFERENCE = np.load(ROOT / "tests" / "data" / "fid_reference.npz")
@@ -409,6 +411,15 @@ def test_a_run_is_measured_on_three_blocks_of_fifty_thousand_unless_told(monkeyp
     with pytest.raises(KeyboardInterrupt):
         fid.main([str(tmp_path)])
     assert asked == [(50_000, 3)]
+
+
+def test_a_folder_too_full_for_a_measurement_is_told_before_any_image(monkeypatch, tmp_path):
+    save_images(tmp_path / "x.npz", IMAGES[:10])
+    monkeypatch.setattr(fid, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(errors.shutil, "disk_usage", lambda _: SimpleNamespace(
+        free=4 * 8 * 64**2 - 1))
+    line = refusal(fid.main, [str(tmp_path / "x.npz")])
+    assert f"{tmp_path} has less than" in line and "name another folder: copy what is" in line
 
 
 @pytest.mark.parametrize("argv, cause", [

@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 from conftest import ROOT, refusal
+from safetensors.torch import save
 from torch import nn
 from torch.func import jvp
 
@@ -922,13 +923,15 @@ def test_a_line_of_no_use_is_named_and_no_figure_is_drawn(tmp_path):
         assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("held", [b"", b"\x10" + bytes(20), None])
+@pytest.mark.parametrize("held", [
+    b"", b"\x10" + bytes(20), None, *(save({"x": x}) for x in (
+        torch.zeros(3, 1), torch.zeros(0, 2), torch.full((3, 2), torch.nan)))])
 def test_a_cloud_that_is_missing_or_broken_is_named(tmp_path, held):
     if held is not None:
         (tmp_path / "clouds").mkdir()
         (tmp_path / "clouds" / "pvd.safetensors").write_bytes(held)
     with pytest.raises(disback.Refusal, match="pvd.safetensors is missing or broken: run that"):
-        analogues.cloud(tmp_path, "pvd", "x")
+        analogues.cloud(tmp_path, "pvd", 2, "x")
 
 
 def test_the_figure_tells_what_was_not_run_from_what_cannot_be(tmp_path):

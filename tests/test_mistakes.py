@@ -188,6 +188,16 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
         command.run(broken)
 
 
+def test_a_compiler_that_fails_is_told_in_its_own_words(refused):
+    from torch._inductor.exc import CppCompileError
+
+    def broken(argv):
+        raise CppCompileError(["g++", *["-option"] * 99], "fatal error: no space in the assembler")
+
+    line = refused(broken, [])
+    assert "--no-compile runs without; fatal error: no space in the assembler" in line
+
+
 def test_a_stage_1_whose_weights_overflow_records_no_path(refused, tmp_path):
     argv = ["toy2d", "--out", tmp_path, *DEGRADE, "--lr-degrade", "1e17", "--log-every", "99"]
     said = refused(degrade.main, argv)

@@ -119,8 +119,10 @@ def test_stage_1_refuses_the_checkpoint_of_other_flags_and_one_that_is_missing(t
 def test_what_a_kill_left_half_written_goes_when_the_run_goes_on(finished):
     out, argv = finished
     torn = [out / ".state.pt.a1b2c3d4.unfinished" / "state.pt",
-            out / "snapshots" / ".0000008.safetensors.c3_d4e5f.unfinished" / ".tmpA1b2C3"]
-    (out / "other").mkdir()
+            out / "snapshots" / ".0000008.safetensors.c3_d4e5f.unfinished" / ".tmpA1b2C3",
+            out / "figures" / ".path.png.c3_d4e5f.unfinished" / "path.png"]
+    for place in ("figures", "other", ".fid-9x1.partial.safetensors.a1b2c3d4.unfinished"):
+        (out / place).mkdir()  # the last, of a program that may be under way
     for file in (out / ".notes.bak.2024", out / "other" / ".x.pt.1.unfinished"):
         file.write_bytes(b"half")
 

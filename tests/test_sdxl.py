@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import re
 import shutil
 import warnings
@@ -14,7 +15,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, edit, forwards, make, read, refusal, same
-from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    DDPMScheduler,
+    LCMScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -307,8 +313,10 @@ def test_a_run_that_is_cut_off_resumes_to_the_same_bits(run, tmp_path, no_figure
     shutil.copytree(run / "path", tmp_path / "path")
     argv = ["sdxl", "--out", str(tmp_path), *BACKTRACK]
     cut_off(2 * 3 + 2, backtrack.main, argv)
+    torn = tmp_path / ".student.a1b2c3d4.unfinished"  # of an export that was killed
+    (torn / "unet").mkdir(parents=True)
     backtrack.main([*argv, "--resume"])
-    assert same(run, tmp_path)
+    assert same(run, tmp_path) and not torn.exists()
 
 
 @pytest.mark.parametrize("clip, left", [(0.5, [0.3, 0.4]), (10.0, [3.0, 4.0])])
@@ -389,6 +397,11 @@ def test_the_student_is_saved_in_two_forms_that_load_to_the_same_bits(run, base)
     assert about == {"base": "", "timestep": 399, "size": 32, "iteration": steps}
     scheduler = read(run / "student" / "scheduler" / "scheduler_config.json")
     assert scheduler["_class_name"] == "LCMScheduler" and scheduler["beta_end"] == 0.012
+    of_lcm = {name for name in scheduler if name[0] != "_"} - {"clip_sample"}
+    assert of_lcm <= inspect.signature(LCMScheduler).parameters.keys()  # diffusers would warn
+    theirs = DDPMScheduler.from_pretrained(base, subfolder="scheduler").config
+    assert all(scheduler[name] == theirs[name] for name in of_lcm & theirs.keys())
+    assert scheduler["clip_sample"] is False
 
 
 def test_the_student_of_any_size_is_saved_as_one_file(run, base, tmp_path, monkeypatch):

@@ -56,8 +56,8 @@ def test_without_network_or_local_model_the_files_and_the_flag_are_named(offline
 @pytest.mark.parametrize("name, spoil, cause", [
     (UNET, None, "lacks"), ("model_index.json", None, "lacks"),
     ("scheduler/scheduler_config.json", None, "lacks"), ("vae/config.json", lambda _: b"{}", "VAE"),
-    *((f"{part}/{stem}.safetensors", lambda whole: whole[:-100], "is broken: fetch it again")
-      for part, stem in layout.PARTS.items())])
+    *((f"{part}/{stem}.safetensors", lambda whole: whole[:-100],
+       "is broken: fetch or save it again") for part, stem in layout.PARTS.items())])
 def test_a_file_that_is_missing_or_broken_is_named_before_anything_is_computed(
         mine, name, spoil, cause):
     whole = (mine / name).read_bytes()
@@ -81,7 +81,7 @@ def test_a_model_that_is_not_sdxl_is_refused_before_its_text_encoders_are_read(m
     assert "in_channels 9, not 4: name" in refusal(make, problem, "tiny", model=str(mine))
     edit(mine / "unet" / "config.json", in_channels=4, addition_time_embed_dim=256)
     line = refusal(make, problem, "tiny", model=str(mine))
-    assert "unet/config.json does not fit its text encoders" in line
+    assert "do not fit together: " in line
 
 
 def test_a_tokenizer_is_one_file_or_two_and_is_missed_before_anything_is_computed(mine):
@@ -108,7 +108,7 @@ def test_a_tokenizer_that_does_not_cut_to_77_tokens_is_refused(mine, base, tmp_p
 
 
 @pytest.mark.parametrize("part, changes, cause", [
-    ("text_encoder", {"hidden_size": 24}, "does not fit its text encoders"),
+    ("text_encoder", {"hidden_size": 24}, "do not fit together"),
     ("text_encoder", {"max_position_embeddings": 60}, "reads 60 tokens of 600 words"),
     ("text_encoder_2", {"vocab_size": 517}, "reads 77 tokens of 517 words, its tokenizer writes 77 "
      "of 518")])
@@ -136,7 +136,8 @@ def test_a_vae_of_other_latents_is_refused_before_a_run(mine):
 def test_a_broken_json_of_a_model_is_told_with_what_helps(mine, name):
     hub = mine.parent / "models--a--b" / "snapshots" / "1a"
     shutil.copytree(mine, hub)
-    for there, remedy in ((mine, "fetch it again"), (hub, f"remove {hub.parents[1]}, and it is")):
+    for there, remedy in ((mine, "fetch or save it again"),
+                          (hub, f"remove {hub.parents[1]}, and it is")):
         (there / name).write_text("")
         assert f"{name} cannot be read: {remedy}" in refusal(model.must_be_sdxl, there)
 
@@ -145,7 +146,7 @@ def test_a_broken_json_of_a_model_is_told_with_what_helps(mine, name):
 def test_broken_text_encoders_and_tokenizers_are_refused_with_the_remedy(mine, tmp_path, name):
     (mine / name).write_text("{")
     line = refusal(text.embed, mine, ["a dog"], tmp_path)
-    assert str(mine) in line and "fetch it again" in line
+    assert str(mine) in line and "fetch or save it again" in line
 
 
 @pytest.mark.parametrize("changes, cause", [
@@ -305,7 +306,7 @@ def test_a_hubs_cache_that_takes_nothing_is_named_with_its_variable(monkeypatch,
     ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "v_prediction"),
     ("scheduler/scheduler_config.json", {"num_train_timesteps": 100}, "num_train_timesteps"),
     ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "not SDXL"),
-    ("unet/config.json", {"addition_time_embed_dim": None}, "does not fit its text encoders"),
+    ("unet/config.json", {"addition_time_embed_dim": None}, "do not fit together"),
     ("unet/config.json", {"sample_size": 16.5}, "sample_size is 16.5"),
     ("unet/config.json", {"sample_size": -16}, "sample_size is -16")])
 def test_a_base_of_another_kind_serves_no_student(mine, base, name, change, cause):

@@ -2,12 +2,14 @@
 what they say."""
 
 import dataclasses
+import functools
 import io
 import json
 import math
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 from types import SimpleNamespace
@@ -195,6 +197,16 @@ def test_workers_that_have_done_all_jobs_end_by_themselves(monkeypatch):
     monkeypatch.setattr(SERVER.Process, "kill", lambda worker: (killed.append(1), kill(worker)))
     workers.work(abs, [-2], 1, taken.append)
     assert (taken, killed) == ([2], [])
+
+
+def test_an_interrupt_is_kept_from_a_worker_before_its_first_import_and_from_it_alone():
+    def blocked():
+        return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+    taken = []
+    workers.work(functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK), [()], 1,
+                 lambda mask: taken.append((signal.SIGINT in mask, blocked())))
+    assert taken == [(True, False)]
 
 
 def test_an_interrupt_waits_for_no_job(monkeypatch):

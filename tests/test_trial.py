@@ -485,8 +485,8 @@ def test_a_student_from_the_hub_says_what_it_is_as_one_here_does(tmp_path, monke
     ("sdxl-tiny-0123456789abcdef/vae/config.json",
      "remove {}/sdxl-tiny-0123456789abcdef, and it is made again"),
     ("hub/models--a--b/snapshots/1a/vae", "remove {}/hub/models--a--b, and it is fetched again"),
-    ("models--mine/vae/config.json", "fetch it again"), ("sdxl-tiny-mine/vae", "fetch it again"),
-    ("", "fetch it again"), ("mine", "fetch it again")])
+    *((place, "fetch or save it again") for place in (
+        "models--mine/vae/config.json", "sdxl-tiny-mine/vae", "", "mine"))])
 def test_only_what_is_made_or_fetched_again_is_to_be_removed(
         tmp_path, monkeypatch, place, remedy):
     monkeypatch.setenv("DISBACK_CACHE", str(tmp_path))  # where a user may have models as well

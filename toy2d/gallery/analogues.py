@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from runtime import files
+from runtime.errors import must
 from runtime.plots import DATA, STUDENT, TARGET, plt
 
 
@@ -13,12 +14,13 @@ def first(rows: dict, method: str, back: bool = False) -> dict:
     return rows[method, "", back, 1][0]["numbers"]
 
 
-def cloud(out: Path, name: str, *keys: str) -> list[torch.Tensor]:
-    """What seed 0 of a row has kept for the figure; Refusal where it is not there."""
+def cloud(out: Path, name: str, width: int, *keys: str) -> list[torch.Tensor]:
+    """What seed 0 of a row has kept for the figure, [n, width]; Refusal where it is not there."""
     file = out / "clouds" / f"{name}.safetensors"
     with files.blame(f"{file} is missing or broken: run that METHOD again, with seed 0"):
         found = load_file(file)
-        return [found[key] for key in keys]
+        must(all(found[key].numel() and found[key].isfinite().all() for key in keys), "no numbers")
+        return [found[key].view(-1, width) for key in keys]
 
 
 def signal(axis: plt.Axes, out: Path, rows: dict) -> None:
@@ -45,7 +47,7 @@ def acceptance(axis: plt.Axes, out: Path, rows: dict) -> None:
 
 def fields(axis: plt.Axes, out: Path, rows: dict) -> None:
     """the field after 200 steps"""
-    both = [field.view(48, 48).T for field in cloud(out, "pvd", "from rays", "distilled")]
+    both = [field.T for field in cloud(out, "pvd", 48, "from rays", "distilled")]
     axis.imshow(torch.cat(both, dim=1), origin="lower", cmap="magma", vmax=both[1].max())
     axis.set_xticks((24, 72), ("from rays", "distilled"))
     axis.set_yticks([])

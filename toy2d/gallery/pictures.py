@@ -44,7 +44,7 @@ def clouds(axis: plt.Axes, out: Path, rows: dict, method: str, points: torch.Ten
     for left, back, color in ((0.0, False, STUDENT), (6.6, True, TARGET)):
         lines = rows.get((method, "", back, 1), [{"seed": None}])
         if lines[0]["seed"] == 0:
-            (kept,) = cloud(out, f"{method}{back * '-backtrack'}", "x")
+            (kept,) = cloud(out, f"{method}{back * '-backtrack'}", 2, "x")
             for x, paint, size in ((points, DATA, 1), (kept, color, 0.8)):
                 axis.plot(x[:, 0] + left, x[:, 1], ".", color=paint, markersize=size)
             axis.text(left, -4, f"SWD {lines[0]['swd']:.2f}", fontsize=8, ha="center")
