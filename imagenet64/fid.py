@@ -140,7 +140,8 @@ def main(argv: list[str]) -> None:
     if kept.exists():
         with files.blame(f"{kept} is in the way of the result: move it"):
             must("distances" in files.load_json(kept, "move it"), "it is no measurement's")
-    files.sweep(base.parent, under_way.name)
+    if ranks.rank() == 0:
+        files.sweep(base.parent, under_way.name)
     result = measure(batches, results.SplitOverRanks(extractor), reference, size, blocks, under_way,
                      about | extractor.about)
     files.save_json(kept, result)

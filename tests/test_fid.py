@@ -287,7 +287,12 @@ def test_the_command_goes_on_where_it_was_interrupted(capsys, cut_at, tmp_path):
     sizes = cut_at(4 + 3, every=100)  # after 100 images of the second block
     with pytest.raises(KeyboardInterrupt):
         run(capsys, *argv)
+    torn, other = (tmp_path / f".x.fid-{size}.partial.safetensors.a1b2c3d4.unfinished"
+                   for size in ("200x2", "9x1"))
+    torn.mkdir()
+    other.mkdir()
     assert run(capsys, *argv) == whole and len(sizes) == 7 + 2
+    assert other.exists() and not torn.exists()
 
 
 def test_the_command_takes_inception_and_reference_from_files(capsys, tmp_path, inception):
