@@ -84,8 +84,9 @@ def draw_mismatch(file: Path, path: disback.DegradationPath | None, net: nn.Modu
                 (row[2], answer - exact, size, "#c02020")):
             draw_arrows(axis, x[:, :2], arrows[:, :2] * (0.3 * span / longest), title, color)
         row[0].set_ylabel(f"$\\sigma$ = {sigma:g}", fontsize=11)
+    all_of = f", in all {x.shape[1]} dimensions (two are drawn)" if x.shape[1] > 2 else ""
     figure.suptitle("The score at the student's first samples (grey: the samples, noised).\n"
-                    "On the right its error, and how long that is beside the exact score",
+                    f"On the right its error, and how long that is beside the exact score{all_of}",
                     fontsize=11)
     save(figure, file)
 
