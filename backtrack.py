@@ -134,7 +134,8 @@ def distil(args: Any, problem: Problem, path: disback.DegradationPath | None) ->
                    method="disback" if args.target == "path" else "vsd",
                    fake_init=args.fake_init, node=scheduler.node)
     if scheduler.node > 0 and ranks.rank() == 0:
-        print(f"note: the target is still node {scheduler.node}; more --steps reach the teacher")
+        print(f"note: the target is still node {scheduler.node}; a run of more --steps reaches "
+              "the teacher")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -92,7 +92,7 @@ def restore(file: Path, dim: int, about: dict) -> tuple[Statistics, list[float]]
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = command.parser("python -m imagenet64.fid", __doc__)
-    sample.add_source(parser)
+    sample.add_source(parser, ", or an .npz")
     parser.add_argument("--images", type=command.count,
                         help="of a block (50000; of an .npz: all it holds)")
     parser.add_argument("--blocks", type=command.count,

@@ -58,10 +58,10 @@ def main(argv: list[str]) -> None:
         print(file)
 
 
-def add_source(parser: argparse.ArgumentParser) -> None:
-    """The flags that name what to draw from."""
+def add_source(parser: argparse.ArgumentParser, also: str = "") -> None:
+    """The flags that name what to draw from; RUN may be something `also`."""
     parser.add_argument("source", metavar="RUN", type=run_or_images,
-                        help="a run's folder, or: teacher")
+                        help=f"a run's folder, or: teacher{also}")
     parser.add_argument("--node", type=int, help="a node of the run's path; 0 is the teacher")
     parser.add_argument("--preset", choices=problem.PRESETS, help="the run's, or the teacher's")
     parser.add_argument("--steps", type=command.count,

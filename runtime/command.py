@@ -127,15 +127,16 @@ def parser(prog: str, doc: str, **more: Any) -> argparse.ArgumentParser:
 
 
 def home(text: str) -> str:
-    """A word of the command line that may be a path; ~ is the home folder, as in a shell."""
+    """A word of the command line that may be a path; ~ is the home folder, as in a shell. An empty
+    one is an unset variable's."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
     if (whole := os.path.expanduser(text)).startswith("~"):
         raise argparse.ArgumentTypeError(f"{text} is in no user's home; ./{text} is here")
     return whole
 
 
 def path(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("a path must not be empty")
     return Path(home(text))
 
 

@@ -20,6 +20,7 @@ STAGE1 = ("path/path.json", "path/[0-9]*.safetensors", "path/step-*.safetensors"
           "path/log.jsonl")
 STAGE2 = ("student.safetensors", "state.pt", "log.jsonl", "metrics.json",
           "snapshots/[0-9]*.safetensors")
+LOG = 10**7  # bytes for a log, snapshots and figures; the toy's are 5 MB
 HELD: list[tuple] = []  # of each lock its file, its handle and the folders made for it
 
 
@@ -40,7 +41,7 @@ def enter(stage: str, args: Any) -> None:
     for place in sorted({out, *(Path(out, name).parent for name in args.writes)}):
         if place.resolve() != out.resolve() / place.relative_to(out):
             raise Refusal(f"{place} is a link: put a folder in its place, or name another --out")
-        files.must_take_files(place, "--out")
+        files.must_take_files(place, "--out", 0 if args.resume or args.overwrite else LOG)
     if ranks.rank() == 0:
         lock(out)  # first: what is there may be another's, under way
     known = {name: vars(args)[name] for name in ("problem", "preset", "seed", "target", "fake_init")
@@ -59,9 +60,7 @@ def enter(stage: str, args: Any) -> None:
     if walked:
         records.must_be_recorded(walked, args.resume)
         path = read_path(walked, known)
-        wanted, nodes = vars(args).get("config.nodes"), len(path) - 1
-        if wanted not in (None, nodes) and ranks.rank() == 0:
-            print(f"note: --nodes {wanted} changes nothing: {walked} has {nodes}")
+        records.note_path(walked, len(path) - 1, args)
     if stage == "backtrack" and args.compare:
         records.check_finished(args.compare, args.problem, args.config, out)
     if args.resume and recorded:

@@ -156,6 +156,18 @@ def must_be_recorded(folder: Path, resumed: bool) -> None:
                   "another by --path")
 
 
+def note_path(folder: Path, nodes: int, args: Any) -> None:
+    """Say which flags of stage 2 a path of so many `nodes` after the teacher leaves of no use."""
+    if ranks.rank() > 0:
+        return
+    wanted, last = vars(args).get("config.nodes"), (nodes - 1) * args.config.interval
+    if wanted not in (None, nodes):
+        print(f"note: --nodes {wanted} changes nothing: {folder} has {nodes}")
+    if args.target == "path" and args.config.backtrack_steps <= last:
+        print(f"note: the teacher becomes the target after iteration {last}, and --steps "
+              f"{args.config.backtrack_steps} end before")
+
+
 def must_hold(nodes: Sequence[Path], net: nn.Module) -> None:
     """Refuse a path whose node 0 is not the teacher, `net`, to the last bit, or of whose others a
     name, shape or type is not its own. Their names may have a word before them."""

@@ -11,12 +11,10 @@ from tqdm import tqdm
 
 from disback import Refusal, load_strictly
 from runtime import files, place, ranks
-from runtime.folder import claim, must_agree, what_matters
+from runtime.folder import LOG, claim, must_agree, what_matters
 from runtime.interface import Problem
 from runtime.records import check_finite, cut_log
 from runtime.signals import asked_to_stop, heeding_signals
-
-LOG = 10**7  # bytes for a log, snapshots and figures; the toy's are 5 MB
 
 
 class Run:

@@ -68,8 +68,8 @@ def main(argv: list[str]) -> None:
     size = ranks.world_size()  # the ranks share batches; the last picture fills up the last one
     batch, count = (-(-n // size) * size for n in (args.batch, len(jobs)))
     parts = torch.arange(count).clamp(max=len(jobs) - 1).split(batch)
-    images = [Image.fromarray(image.numpy()) for part in tqdm(
-        parts, unit="batch", disable=ranks.rank() > 0) for image in numbered(part)]
+    with tqdm(parts, unit="batch", disable=ranks.rank() > 0) as bar:
+        images = [Image.fromarray(image.numpy()) for part in bar for image in numbered(part)]
     del images[len(jobs):]
     for file, image in zip(names, images):
         pictures.save(file, image)

@@ -133,8 +133,9 @@ def find(model: str, cache: Path, flag: str = "--model", parts: Collection[str] 
     if lacking := missing(folder, parts):
         if (folder / "model_index.json").is_file():  # another kind lacks what SDXL has
             must_be_pipeline(folder, flag)
-        others = [str(file.relative_to(folder)) for kind in ("*/*.bin", "*/*.*.safetensors")
-                  for file in sorted(folder.glob(kind)) if file not in read(folder)]
+        others = [str(file.relative_to(folder)) for part in parts
+                  for kind in ("*.bin", "*.*.safetensors")
+                  for file in sorted((folder / part).glob(kind)) if file not in read(folder)]
         kept = (f"; {others[0]} is to be saved again as safetensors by diffusers, whose only "
                 "variant that is read is fp16") if others else ""
         if not Path(model).expanduser().is_dir():  # of the hub

@@ -56,6 +56,7 @@ def test_words_that_make_no_sense_are_refused_by_name(refused, tmp_path, words, 
     (backtrack.main, ["toy2d", *BACKTRACK], "degrade.py"),  # there is no path
     (backtrack.main, ["toy2d", *BACKTRACK, "--path", "x", "--target", "teacher"],
      "--path x is of no use"),
+    (degrade.main, ["sdxl", "--preset", "full", "--model", ""], "--model: must not be empty"),
     (degrade.main, ["toy2d", "--out", "~no-such-user/x"], "~no-such-user/x is in no user's home"),
     (degrade.main, ["--out", "toy2d", "imagenet64"],  # a flag's value is no problem
      "name the problem first: degrade.py imagenet64"),

@@ -3,6 +3,7 @@
 import gc
 import json
 import re
+import shutil
 import warnings
 from types import SimpleNamespace
 
@@ -111,6 +112,25 @@ def test_the_numbers_and_samples_of_the_page_are_those_of_the_log_and_of_the_sna
         torch.testing.assert_close(torch.tensor(frame["target"]) / 100, arrows, atol=0.02, rtol=0)
     assert len(shown["nodes"]) == 5 and len(page) < 3e6
     assert not re.search(r"https?://|src=|@import", page)  # it opens without a network
+
+
+def test_the_pictures_hold_every_sample_of_both_runs(pair, tmp_path, monkeypatch):
+    shutil.copytree(pair, tmp_path / "pair")
+    main, other = tmp_path / "pair" / "main", tmp_path / "pair" / "vsd"
+    for run, far in ((main, -50.0), (other, 70.0)):
+        file = sorted((run / "snapshots").iterdir())[1]
+        kept = load_file(file)
+        kept["student"][5, 1] = far
+        files.save_tensors(file, kept)
+    limits = []
+    for name in ("draw_mismatch", "draw_convergence", "draw_mechanism"):
+        monkeypatch.setattr(figures, name, lambda *_: None)
+    for owner, name in ((figures, "draw_path"), (figures, "draw_gif"),
+                        (figures.trajectory, "write")):
+        monkeypatch.setattr(owner, name, lambda *given: limits.append(given[-1]))
+    figures.draw(main, None, other, torch.nn.Identity(), lambda net, n: torch.zeros(n, 2),
+                 mixture.ring(), SimpleNamespace(grid=lambda: None))
+    assert limits == [pytest.approx((-56.0, 76.0))] * 3
 
 
 def test_the_datas_spread_is_in_sight_above_every_runs(pair, monkeypatch, tmp_path):

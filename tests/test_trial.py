@@ -368,11 +368,18 @@ def test_what_the_system_refuses_is_said_with_what_helps(refused, monkeypatch, e
 @pytest.mark.parametrize("argv", [["toy2d"], ["imagenet64"], ["sdxl"]])
 def test_a_full_cache_is_told_before_a_teacher_is_trained_for_it(
         refused, monkeypatch, tmp_path, argv):
-    monkeypatch.setenv("DISBACK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(errors.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**7 - 1))
+    """And a full run's folder before the cache is asked for it."""
+    cache, full = tmp_path / "cache", [tmp_path / "cache"]
+    cache.mkdir()
+    monkeypatch.setenv("DISBACK_CACHE", str(cache))
+    monkeypatch.setattr(errors.shutil, "disk_usage", lambda place: SimpleNamespace(
+        free=10**7 - (place in full)))
     line = refused(degrade.main, [*argv, "--out", tmp_path / "run"])
     assert "10 MB of free space: make room, or name another cache by DISBACK_CACHE" in line
-    assert not list(tmp_path.iterdir())
+    full.append(tmp_path)
+    line = refused(degrade.main, [*argv, "--out", tmp_path / "run"])
+    assert "10 MB of free space: make room, or name another --out" in line
+    assert [*tmp_path.iterdir()] == [cache] and not [*cache.iterdir()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -586,6 +593,19 @@ def test_a_number_of_nodes_that_the_path_has_not_is_no_use_and_said_to_be(
         folder.enter("backtrack", args)
         folder.leave()
         assert (f"--nodes {count} changes nothing" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize("steps, flags, said", [
+    (9, [], True), (10, [], False), (9, ["--target", "teacher", "--fake-init", "degraded"], False)])
+def test_steps_that_end_before_the_teacher_is_the_target_are_told_at_once(
+        capsys, recorded, tmp_path, steps, flags, said):
+    args, module = cli.parse("backtrack", "", [
+        "toy2d", *BACKTRACK, "--path", str(recorded / "path"), "--out", str(tmp_path / "new"),
+        "--interval", "3", "--steps", str(steps), *flags], backtrack.FLAGS)
+    args.writes = folder.writes("backtrack", module.WRITES)
+    folder.enter("backtrack", args)
+    folder.leave()
+    assert ("after iteration 9, and --steps 9 end before" in capsys.readouterr().out) == said
 
 
 def test_a_locale_that_is_not_utf_8_is_named(refused, monkeypatch):

@@ -24,7 +24,7 @@ from runtime.plots import (
 )
 from runtime.records import read_snapshots
 from toy2d import trajectory
-from toy2d.diagnosis import EARLY, Diagnosis, answers
+from toy2d.diagnosis import EARLY, Diagnosis, answers, frame
 from toy2d.metrics import Evaluation
 from toy2d.mixture import Mixture
 
@@ -47,14 +47,16 @@ def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None, 
         evaluate = Evaluation(data)
         floors = [evaluate.of(data.sample(evaluate.samples))["swd"] for _ in range(20)]
         draw_mismatch(folder / "mismatch.png", path, net, snapshots[0][1]["x0"], data)
-    limits = diagnosis.limits
-    draw_path(folder / "path.png", nodes, snapshots, points, limits)
     runs = [out, compare] if compare else [out]
+    students = [kept["student"] for run in runs for _, kept in read_snapshots(run)]
+    limits = frame(torch.cat([points, *nodes, *students]))  # none of them leaves the picture
+    draw_path(folder / "path.png", nodes, snapshots, points, limits)
     draw_convergence(folder / "convergence.png", runs, "swd", "SWD of the student to the data",
                      sum(floors) / 20, "two sets of data")
     draw_mechanism(folder / "mechanism.png", runs, data)
     draw_gif(folder / "backtracking.gif", runs, nodes, points, limits)
-    trajectory.write(folder / "trajectory.html", out, snapshots, nodes, points, diagnosis)
+    trajectory.write(folder / "trajectory.html", out, snapshots, nodes, points, diagnosis.grid(),
+                     limits)
 
 
 def draw_mismatch(file: Path, path: disback.DegradationPath | None, net: nn.Module, x0: Tensor,
