@@ -7,6 +7,7 @@ weights. An interrupted measurement goes on where it was.
 """
 
 import argparse
+import glob
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -134,14 +135,16 @@ def main(argv: list[str]) -> None:
     with ranks.first_rank_first():
         extractor, reference = (features.of_digits(device) if config.images == "digits"
                                 else features.of_inception(*inception_files(args), device))
-    files.must_take_files(base.parent, ELSEWHERE, 32 * len(reference[0])**2)  # savings, two
     name = f"{base.name}-{size}x{blocks}"
     under_way, kept = (base.with_name(name + end) for end in (".partial.safetensors", ".json"))
+    # The covariance is saved beside what was saved before.
+    saving = 8 * len(reference[0])**2
+    files.must_take_files(base.parent, ELSEWHERE, saving * (2 - under_way.exists()))
     if kept.exists():
         with files.blame(f"{kept} is in the way of the result: move it"):
             must("distances" in files.load_json(kept, "move it"), "it is no measurement's")
     if ranks.rank() == 0:
-        files.sweep(base.parent, under_way.name)
+        files.sweep(base.parent, glob.escape(under_way.name))
     result = measure(batches, results.SplitOverRanks(extractor), reference, size, blocks, under_way,
                      about | extractor.about)
     files.save_json(kept, result)

@@ -57,7 +57,7 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
         if errors.out_of_memory(error):
             end(2, str(error) or "out of memory", f"({memory})" if memory else "")
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-            told = str(error).partition("Output:")[2] or str(error)  # after the compiler's command
+            told = str(error).partition("Output:")[2].strip() or str(error)  # a compiler's own
             end(2, "--compile failed: --no-compile runs without;", told[:300])
         if dist.is_initialized() and isinstance(error, RuntimeError) and "gloo" in str(error):
             end(2, "another rank has ended before")

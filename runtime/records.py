@@ -164,8 +164,8 @@ def note_path(folder: Path, nodes: int, args: Any) -> None:
     if wanted not in (None, nodes):
         print(f"note: --nodes {wanted} changes nothing: {folder} has {nodes}")
     if args.target == "path" and args.config.backtrack_steps <= last:
-        print(f"note: the teacher becomes the target after iteration {last}, and --steps "
-              f"{args.config.backtrack_steps} end before")
+        print(f"note: the teacher becomes the target after iteration {last}, and --steps are "
+              f"{args.config.backtrack_steps}")
 
 
 def must_hold(nodes: Sequence[Path], net: nn.Module) -> None:

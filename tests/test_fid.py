@@ -281,13 +281,13 @@ def test_the_command_measures_an_npz_against_the_digits_and_keeps_the_result(cap
 
 
 def test_the_command_goes_on_where_it_was_interrupted(capsys, cut_at, tmp_path):
-    save_images(tmp_path / "x.npz", features.to_uint8(digits.load()[0][:400]))
-    argv = [tmp_path / "x.npz", "--blocks", 2, "--batch", 50]
+    save_images(tmp_path / "x[1].npz", features.to_uint8(digits.load()[0][:400]))
+    argv = [tmp_path / "x[1].npz", "--blocks", 2, "--batch", 50]
     whole = run(capsys, *argv)
     sizes = cut_at(4 + 3, every=100)  # after 100 images of the second block
     with pytest.raises(KeyboardInterrupt):
         run(capsys, *argv)
-    torn, other = (tmp_path / f".x.fid-{size}.partial.safetensors.a1b2c3d4.unfinished"
+    torn, other = (tmp_path / f".x[1].fid-{size}.partial.safetensors.a1b2c3d4.unfinished"
                    for size in ("200x2", "9x1"))
     torn.mkdir()
     other.mkdir()
@@ -422,9 +422,12 @@ def test_a_folder_too_full_for_a_measurement_is_told_before_any_image(monkeypatc
     save_images(tmp_path / "x.npz", IMAGES[:10])
     monkeypatch.setattr(fid, "measure", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr(errors.shutil, "disk_usage", lambda _: SimpleNamespace(
-        free=4 * 8 * 64**2 - 1))
+        free=2 * 8 * 64**2 - 1))
     line = refusal(fid.main, [str(tmp_path / "x.npz")])
     assert f"{tmp_path} has less than" in line and "name another folder: copy what is" in line
+    (tmp_path / "x.fid-10x1.partial.safetensors").touch()  # what was saved before
+    with pytest.raises(pytest.fail.Exception, match="measured"):
+        fid.main([str(tmp_path / "x.npz")])
 
 
 @pytest.mark.parametrize("argv, cause", [

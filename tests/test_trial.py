@@ -605,7 +605,7 @@ def test_steps_that_end_before_the_teacher_is_the_target_are_told_at_once(
     args.writes = folder.writes("backtrack", module.WRITES)
     folder.enter("backtrack", args)
     folder.leave()
-    assert ("after iteration 9, and --steps 9 end before" in capsys.readouterr().out) == said
+    assert ("after iteration 9, and --steps are 9" in capsys.readouterr().out) == said
 
 
 def test_a_locale_that_is_not_utf_8_is_named(refused, monkeypatch):

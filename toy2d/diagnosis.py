@@ -59,7 +59,7 @@ class Diagnosis:
                 "target": torch.stack(seen[1])}
 
     def grid(self) -> Tensor:
-        """Points [GRID * GRID, 2] all over the picture."""
+        """Points [GRID * GRID, 2] from the data to the student's first samples."""
         low, high = self.limits
         axis = low + (high - low) * (torch.arange(GRID) + 0.5) / GRID
         return torch.cartesian_prod(axis, axis)

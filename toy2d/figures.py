@@ -48,8 +48,9 @@ def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None, 
         floors = [evaluate.of(data.sample(evaluate.samples))["swd"] for _ in range(20)]
         draw_mismatch(folder / "mismatch.png", path, net, snapshots[0][1]["x0"], data)
     runs = [out, compare] if compare else [out]
-    students = [kept["student"] for run in runs for _, kept in read_snapshots(run)]
-    limits = frame(torch.cat([points, *nodes, *students]))  # none of them leaves the picture
+    clouds = [kept["student"] for run in runs for _, kept in read_snapshots(run)] + nodes
+    inner = [x.quantile(torch.tensor([0.005, 0.995]), dim=0) for x in clouds]
+    limits = frame(torch.cat([points, *inner]))  # a sample astray would make the data a dot
     draw_path(folder / "path.png", nodes, snapshots, points, limits)
     draw_convergence(folder / "convergence.png", runs, "swd", "SWD of the student to the data",
                      sum(floors) / 20, "two sets of data")
