@@ -143,14 +143,14 @@ def main(argv: list[str]) -> None:
     if kept.exists():
         with files.blame(f"{kept} is in the way of the result: move it"):
             must("distances" in files.load_json(kept, "move it"), "it is no measurement's")
-    if ranks.rank() == 0:
-        files.sweep(base.parent, glob.escape(under_way.name))
     result = measure(batches, results.SplitOverRanks(extractor), reference, size, blocks, under_way,
                      about | extractor.about)
     files.save_json(kept, result)
     if ranks.rank() == 0:
         # Only now, so that a full disk costs no measurement; another process may have been first.
         under_way.unlink(missing_ok=True)
+        for file in (under_way, kept):
+            files.sweep(base.parent, glob.escape(file.name))
         print(json.dumps(result, indent=1))
 
 

@@ -168,7 +168,7 @@ def check_compiler(on_gpu: bool) -> None:
 
 
 def check_common(args: argparse.Namespace, stage: str) -> None:
-    """Refuse numbers out of range, and shards without ranks."""
+    """Refuse numbers out of range, and shards without ranks; settle what flags decide together."""
     if stage == "backtrack":
         settle(args)
     if stage == "degrade" and args.config.nodes > args.config.degrade_steps:

@@ -157,15 +157,15 @@ def must_be_recorded(folder: Path, resumed: bool) -> None:
 
 
 def note_path(folder: Path, nodes: int, args: Any) -> None:
-    """Say which flags of stage 2 a path of so many `nodes` after the teacher leaves of no use."""
+    """Say where stage 2's flags do not fit a path of so many `nodes` after the teacher."""
     if ranks.rank() > 0:
         return
     wanted, last = vars(args).get("config.nodes"), (nodes - 1) * args.config.interval
     if wanted not in (None, nodes):
         print(f"note: --nodes {wanted} changes nothing: {folder} has {nodes}")
     if args.target == "path" and args.config.backtrack_steps <= last:
-        print(f"note: the teacher becomes the target after iteration {last}, and --steps are "
-              f"{args.config.backtrack_steps}")
+        print(f"note: the teacher becomes the target after iteration {last} at the earliest, and "
+              f"--steps are {args.config.backtrack_steps}")
 
 
 def must_hold(nodes: Sequence[Path], net: nn.Module) -> None:

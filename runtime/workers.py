@@ -22,9 +22,11 @@ def work(function: Callable, jobs: Sequence, processes: int, take: Callable[[Any
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, ProcessPoolExecutor(
             min(processes, len(jobs) or 1), context, follow_parent, (folder,)) as pool:
         try:
-            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # by workers too
-            futures = [pool.submit(function, job) for job in jobs]
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for workers' life
+            try:
+                futures = [pool.submit(function, job) for job in jobs]
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for future in tqdm(as_completed(futures), "jobs", len(jobs), smoothing=0.02):
                 take(future.result())
         except BaseException as error:

@@ -44,9 +44,10 @@ def main(argv: list[str]) -> None:
     if any(not 0 <= seed < 2**63 for seed in args.seeds):
         command.refuse("--seeds must be from 0 to 2**63 - 1")
     for prompt in args.prompts:
-        if os.path.isfile(prompt) or os.path.isfile(os.path.join(prompt or "-", "config.json")):
-            command.refuse(f"{prompt} is a file or a run, no prompt: write the words themselves, "
-                           "and name a run by --student")
+        if os.path.isfile(os.path.join(prompt or "-", "config.json")):
+            command.refuse(f"{prompt} is a folder here, no prompt: name a run by --student")
+        if os.path.isfile(prompt) and os.path.splitext(prompt)[1]:
+            command.refuse(f"{prompt} is a file here, no prompt: write the words themselves")
     run = whole(args.student)
     of_run = (run / "student").is_dir()
     out = args.out or (run if of_run else Path("runs")) / "images"

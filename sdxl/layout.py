@@ -40,7 +40,8 @@ def weights(folder: Path, part: str) -> tuple[list[Path], str | None]:
         with files.blame(f"{index} is broken: {again(index)}"):
             names = set(files.load_json(index, again(index))["weight_map"].values())
             must(names and not any(Path(name).name != name for name in names), "it names no files")
-        chosen = sorted(stem.parent / name for name in names)
+        whole = [file for file in chosen if "-of-" not in file.name]  # some libraries prefer it
+        chosen = sorted({*whole, *(stem.parent / name for name in names)})
     return chosen, variant
 
 

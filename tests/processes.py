@@ -23,6 +23,7 @@ def execute(code, environment, said):
     os.environ.update(environment)
     os.chdir(ROOT)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run behind
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # of a server that a study started
     import torch
 
     from toy2d import metrics

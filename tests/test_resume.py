@@ -120,7 +120,8 @@ def test_what_a_kill_left_half_written_goes_when_the_run_goes_on(finished):
     out, argv = finished
     torn = [out / ".state.pt.a1b2c3d4.unfinished" / "state.pt",
             out / "snapshots" / ".0000008.safetensors.c3_d4e5f.unfinished" / ".tmpA1b2C3",
-            out / "figures" / ".path.png.c3_d4e5f.unfinished" / "path.png"]
+            out / "figures" / ".path.png.c3_d4e5f.unfinished" / "path.png",
+            out / ".config.json.a1b2c3d4.unfinished" / "config.json"]
     for place in ("figures", "other", ".fid-9x1.partial.safetensors.a1b2c3d4.unfinished"):
         (out / place).mkdir()  # the last, of a program that may be under way
     for file in (out / ".notes.bak.2024", out / "other" / ".x.pt.1.unfinished"):

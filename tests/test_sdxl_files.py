@@ -50,6 +50,29 @@ def test_fp16_is_taken_only_where_there_is_no_fp32(base, mine):
     assert torch.equal(found.conv_in.weight, half["conv_in.weight"].float())
 
 
+def test_weights_that_are_there_whole_and_in_shards_are_all_looked_at(mine):
+    for part, variant in (("text_encoder", None), ("unet", "fp16")):
+        whole = layout.weights(mine, part)[0]
+        held = whole[0].read_bytes()
+        rewritten(mine, part, variant=variant, max_shard_size="60KB")
+        shards = layout.weights(mine, part)[0]
+        whole[0].write_bytes(held)  # which transformers prefers to shards, and fp32 is to fp16
+        assert layout.weights(mine, part) == (
+            sorted({*whole, *(() if variant else shards)}), None)
+        whole[0].write_bytes(held[:-9])
+        assert f"{whole[0]} is broken" in refusal(layout.find, str(mine), mine)
+        whole[0].write_bytes(held)
+
+
+def test_what_is_to_be_saved_again_is_of_a_part_that_is_read(mine):
+    for part, stem in layout.PARTS.items():
+        (mine / part / f"{stem}.bin").touch()
+    (mine / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    for parts, file in ((layout.AROUND_UNET, "vae/"), (layout.PARTS, "unet/")):
+        line = refusal(layout.find, str(mine), mine, "--base", parts)
+        assert f"{file}diffusion_pytorch_model.bin is to be saved again" in line
+
+
 def test_weights_of_several_types_are_all_float32_and_too_large_ones_are_refused(base, mine):
     for part, dtype in (("unet", torch.float16), ("vae", torch.bfloat16),
                         ("text_encoder", torch.float64)):

@@ -259,8 +259,9 @@ def test_what_generate_cannot_use_is_refused(offline, base, tmp_path):
     assert "no weights of a UNet" in refusal(
         generate.load, str(tmp_path / "01.safetensors"), str(base))
     (tmp_path / "config.json").touch()  # as of a run
-    for place in (tmp_path, tmp_path / "w.bin"):
-        assert f"{place} is a file or a run, no prompt: write the words" in refusal(
+    for place, said in ((tmp_path, "a folder here, no prompt: name a run by --student"),
+                        (tmp_path / "w.bin", "a file here, no prompt: write the words")):
+        assert f"{place} is {said}" in refusal(
             generate.main, [str(place), "a dog", "--out", str(tmp_path / "images")])
     line = refusal(generate.load, str(base / UNET), "no/such/place")
     assert "--base" in line and "--model" not in line

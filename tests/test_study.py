@@ -1,8 +1,8 @@
 """The study: its batched runs are the stages' own, its lines are read strictly, its statistics are
 what they say."""
 
+import contextlib
 import dataclasses
-import functools
 import io
 import json
 import math
@@ -12,6 +12,7 @@ import pickle
 import signal
 import tempfile
 import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import numpy as np
@@ -199,14 +200,31 @@ def test_workers_that_have_done_all_jobs_end_by_themselves(monkeypatch):
     assert (taken, killed) == ([2], [])
 
 
-def test_an_interrupt_is_kept_from_a_worker_before_its_first_import_and_from_it_alone():
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_interrupt_is_blocked_while_workers_start_who_inherit_it(monkeypatch, fails):
+    seen = []
+
     def blocked():
         return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
-    taken = []
-    workers.work(functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK), [()], 1,
-                 lambda mask: taken.append((signal.SIGINT in mask, blocked())))
-    assert taken == [(True, False)]
+    class Pool(contextlib.nullcontext):
+        """Starts none, and runs a job at once."""
+
+        def __enter__(self):
+            return self
+
+        def submit(self, function, job):
+            seen.append(blocked())
+            if fails:
+                raise OSError
+            done = Future()
+            done.set_result(function(job))
+            return done
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda *_: Pool())
+    with pytest.raises(OSError) if fails else contextlib.nullcontext():
+        workers.work(abs, [-2], 1, lambda found: seen.append(blocked()))
+    assert seen == ([True] if fails else [True, False]) and not blocked()
 
 
 def test_an_interrupt_waits_for_no_job(monkeypatch):

@@ -129,9 +129,19 @@ def test_the_pictures_hold_both_runs_students_but_no_sample_astray(pair, tmp_pat
     for owner, name in ((figures, "draw_path"), (figures, "draw_gif"),
                         (figures.trajectory, "write")):
         monkeypatch.setattr(owner, name, lambda *given: limits.append(given[-1]))
-    figures.draw(main, None, other, torch.nn.Identity(), lambda net, n: torch.zeros(n, 2),
+    figures.draw(main, None, other, torch.nn.Identity(), lambda net, n: torch.full((n, 2), 100.0),
                  mixture.ring(), SimpleNamespace(grid=lambda: None))
-    assert limits == [pytest.approx((-56.0, 76.0))] * 3
+    assert limits == [pytest.approx((-57.5, 107.5))] * 3
+
+
+def test_the_errors_percentage_is_said_to_be_of_all_dimensions_where_two_are_drawn(
+        monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, file: drawn.append(figure))
+    for data in (mixture.ring(), mixture.ring16()):
+        figures.draw_mismatch(tmp_path / "x.png", None, Exact(data), data.sample(60), data)
+    plain, more = (figure.get_suptitle() for figure in drawn)
+    assert more == plain + ", in all 16 dimensions (two are drawn)"
 
 
 def test_the_datas_spread_is_in_sight_above_every_runs(pair, monkeypatch, tmp_path):
