@@ -215,9 +215,10 @@ def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
                "degrade_steps": "its nodes are spread over them", "problem": "name another",
                "path": "it was recorded again since then, or is not the one of then: use that, or "
                "another --out"}.get(name, "use the same flags")
-        if name.endswith("_sha256"):
-            raise Refusal(f"{what} was made with another {name[:-7]}, its files say: use the files "
-                          "and flags of then, which its config.json tells, or another --out")
+        if name.endswith("_sha256"):  # --teacher is no flag of every problem
+            of = name[:-7] if name == "teacher_sha256" else flag_of(name[:-7])
+            raise Refusal(f"{what} was made with another {of}, its files say: use the files and "
+                          "flags of then, which config.json of its run tells")
         called = name if name in ("problem", "path") else flag_of(name)
         was, wanted = ("none" if of in ("", None) else of for of in (then.get(name), value))
         raise Refusal(f"{what} was made with {called} {was}, not {wanted}: {why}")

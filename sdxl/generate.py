@@ -38,7 +38,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0],
                         help="of the noise, after PROMPT (0)")
     parser.add_argument("--out", type=command.path, help="folder of the PNGs (default: "
-                        "images in the run's folder, or runs/images); those of before are replaced")
+                        "images in the run's folder, or runs/images); those of the same names "
+                        "are replaced")
     parser.add_argument("--batch", type=command.count, default=4, help="pictures at a time (4)")
     args = parser.parse_args(argv)
     if any(not 0 <= seed < 2**63 for seed in args.seeds):
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> None:
         pictures.save(file, image)
     pictures.save(out / "grid.png", make_image_grid(images, len(args.prompts), len(seeds)))
     if ranks.rank() == 0:
-        print(f"{len(images)} pictures and grid.png are in {out}")
+        print(f"{len(images)} picture{'s' * (len(images) > 1)} and grid.png are in {out}")
 
 
 def load(student: str, base: str | None = None) -> tuple[StableDiffusionXLPipeline, dict]:

@@ -580,6 +580,8 @@ def test_a_moved_teacher_is_known_by_its_hash(tmp_path):
     folder.must_agree(tmp_path, then, now)
     told = refusal(folder.must_agree, tmp_path, then, now | {"teacher_sha256": "b"})
     assert "was made with another teacher, its files say: use the files and flags of then" in told
+    told = refusal(folder.must_agree, tmp_path, {"prompts_sha256": "a"}, {"prompts_sha256": "b"})
+    assert "was made with another --prompts, its files say" in told
 
 
 def test_a_number_of_a_runs_config_that_cannot_be_is_said_to_be_there(tmp_path):
