@@ -235,10 +235,10 @@ def test_a_path_of_another_teacher_size_or_prompts_is_refused(mine, tmp_path):
     degrade.main([*argv, "--steps", "1", "--nodes", "1"])
     held = sorted((tmp_path / "run").rglob("*"))
     assert "size" in refusal(backtrack.main, [*argv, "--size", "40"])
-    assert "made with another prompts" in refusal(backtrack.main, [*argv, "--prompts", str(other)])
+    assert "with another --prompts" in refusal(backtrack.main, [*argv, "--prompts", str(other)])
     weights = load_file(mine / UNET)
     files.save_tensors(mine / UNET, {k: 2 * w for k, w in weights.items()})
-    assert "made with another model" in refusal(backtrack.main, [*argv, "--model", str(mine)])
+    assert "with another --model, its" in refusal(backtrack.main, [*argv, "--model", str(mine)])
     assert sorted((tmp_path / "run").rglob("*")) == held
 
 
