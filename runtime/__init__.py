@@ -1,5 +1,5 @@
 """The plumbing. It tells of what ends a command while `python -m` loads its libraries, which takes
-seconds."""
+seconds, and takes an empty HOME for none."""
 
 import os
 import sys
@@ -18,5 +18,7 @@ def tell(kind: type, error: BaseException, *rest: Any) -> None:
         sys.__excepthook__(kind, error, *rest)
 
 
+if os.environ.get("HOME") == "":  # as where it is not set: the home that the system knows
+    del os.environ["HOME"]
 if sys.argv[:1] == ["-m"]:  # so it is while `python -m` imports the command's packages
     sys.excepthook = tell

@@ -92,8 +92,9 @@ def must_be_allowed(flag: str, value: Any, kind: Any, zero: bool = False,
                     below: float = 1e18) -> None:
     """Refuse what the Literal `kind` does not name, and a number of another kind or range."""
     choices = get_args(kind)
-    if not choices and kind not in (int, float, str):
-        raise TypeError(f"{flag} is of {kind!r}: a setting is an int, a float, a str or a Literal")
+    if kind not in (int, float, str) and {*map(type, choices)} != {str}:
+        raise TypeError(f"{flag} is of {kind!r}: a setting is an int, a float, a str or a "
+                        "Literal of strings")
     if choices and value not in choices:
         raise Refusal(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
     if kind not in (int, float):

@@ -1,10 +1,12 @@
 """A run's folder: whose files go, who may use it at a time, and what is refused before any work."""
 
+import importlib
 import os
 import shutil
 import signal
 import stat
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 import backtrack
 import degrade
 import disback
+import runtime
 from runtime import command, files, folder, run
 
 
@@ -93,6 +96,9 @@ def test_a_tilde_is_the_home_folder_and_an_empty_variable_counts_as_unset(monkey
     for value in ("", "~/.cache/disback"):
         monkeypatch.setenv("DISBACK_CACHE", value)
         assert files.cached("a") == tmp_path / ".cache" / "disback" / "a"
+    monkeypatch.setenv("HOME", "")
+    importlib.reload(runtime)
+    assert "HOME" not in os.environ and files.cached("").is_relative_to(Path.home())
 
 
 def test_a_second_process_in_a_folder_is_refused_until_the_first_is_dead(refused, tmp_path):

@@ -1,6 +1,7 @@
 """A problem that somebody adds: no more than what the README asks of it."""
 
 import dataclasses
+from typing import Literal
 
 import pytest
 from conftest import read
@@ -73,10 +74,11 @@ def test_it_runs_both_stages(tmp_path, monkeypatch, capsys):
     assert "student after 12 iterations: error" in said and "figures" not in said
 
 
-def test_a_setting_that_no_flag_can_be_is_told_at_once():
+@pytest.mark.parametrize("kind, value", [(bool, True), (Literal[1, 2], 1)])
+def test_a_setting_that_no_flag_can_be_is_told_at_once(kind, value):
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config(interface.Config):
-        large: bool = interface.setting(True, "whether it is large")
+        large: kind = interface.setting(value, "whether it is large")
 
-    with pytest.raises(TypeError, match="--large is of <class 'bool'>: a setting is an int"):
+    with pytest.raises(TypeError, match="--large is of .*: a setting is an int"):
         Config()
