@@ -174,7 +174,7 @@ def of_npz(args: argparse.Namespace) -> tuple[Callable, int, int, dict]:
         raise disback.Refusal(f"{source}: arr_0 must be uint8 [n, h, w, c] of 1 or 3 channels, not "
                               f"{images.dtype} {list(images.shape)}")
     blocks = args.blocks or 1
-    size = args.images or len(images) // blocks
+    size = args.images or max(2, len(images) // blocks)
     if len(images) < size * blocks:
         raise disback.Refusal(f"{source} holds {len(images)} images, too few for --blocks "
                               f"{blocks} of {size} images: name fewer")

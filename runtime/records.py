@@ -86,8 +86,9 @@ def check_finished(run: Path, problem: str, config: Config, out: Path) -> None:
         must(about["method"] in ("disback", "vsd"), f"method {about['method']}")
         for name in ("stage1", "stage2"):
             check_number(run / "metrics.json", name, about["network_evals"][name])
-        check_number(run / "metrics.json", "steps", about["steps"] or None)
-        must(read_log(run)[-1]["step"] == about["steps"], "its log ends elsewhere")
+        check_number(run / "metrics.json", "steps", about["steps"])
+        must(read_log(run)[-1]["step"] == about["steps"],
+             f"its log does not end at its {about['steps']} steps")
     read_snapshots(run)
     note_difference(run, config)
 

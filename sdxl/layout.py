@@ -42,6 +42,9 @@ def weights(folder: Path, part: str) -> tuple[list[Path], str | None]:
             must(names and not any(Path(name).name != name for name in names), "it names no files")
         whole = [file for file in chosen if "-of-" not in file.name]  # some libraries prefer it
         chosen = sorted({*whole, *(stem.parent / name for name in names)})
+    elif found and index.is_file() and stem.name == "diffusion_pytorch_model":
+        raise disback.Refusal(f"{index} is left of shards that are not here, and diffusers heeds "
+                              f"it: {again(index, 'remove it')}")
     return chosen, variant
 
 

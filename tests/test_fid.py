@@ -438,7 +438,9 @@ def test_a_folder_too_full_for_a_measurement_is_told_before_any_image(monkeypatc
     (["x.npz", "--preset", "full"], "uint8"), (["x.npz", "--reference", "x"], "--reference"),
     (["flat.npz"], "[n, h, w, c]"), (["nchw.npz"], "[n, h, w, c]"),
     (["float.npz"], "uint8"), (["text.npz"], "text.npz is no .npz"),
-    (["objects.npz"], "objects.npz"), (["empty.npz"], "2 images"), ([], "RUN")])
+    (["objects.npz"], "objects.npz"), ([], "RUN"),
+    (["empty.npz"], "empty.npz holds 0 images, too few for --blocks 1 of 2"),
+    (["x.npz", "--blocks", "11"], "x.npz holds 10 images, too few for --blocks 11 of 2")])
 def test_the_command_refuses_by_name(monkeypatch, tmp_path, inception, argv, cause):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fid, "inception_files", lambda args: inception)

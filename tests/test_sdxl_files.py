@@ -64,6 +64,22 @@ def test_weights_that_are_there_whole_and_in_shards_are_all_looked_at(mine):
         whole[0].write_bytes(held)
 
 
+def test_an_index_without_its_shards_beside_a_whole_file_is_told_to_be_in_the_way(base, mine):
+    for part in ("text_encoder", "unet"):  # diffusers heeds it, transformers does not
+        whole = layout.weights(mine, part)[0][0]
+        rewritten(mine, part, max_shard_size="60KB")
+        for shard in layout.weights(mine, part)[0]:
+            shard.unlink()
+        shutil.copy(base / part / whole.name, whole)
+        if part == "text_encoder":
+            assert layout.find(str(mine), mine) == mine
+    line = refusal(layout.find, str(mine), mine)
+    index = mine / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    assert f"{index} is left of shards that are not here, and diffusers heeds it: remove it" in line
+    index.unlink()
+    assert layout.find(str(mine), mine) == mine
+
+
 def test_what_is_to_be_saved_again_is_of_a_part_that_is_read(mine):
     for part, stem in layout.PARTS.items():
         (mine / part / f"{stem}.bin").touch()
