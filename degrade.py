@@ -33,9 +33,9 @@ class Recorder:
         self.candidates = {0, *(round(steps * i / count) if spacing == "linear" else
                                 max(i, int(steps ** (i / count))) for i in range(1, count + 1))}
         self.kept: list[tuple[int, float]] = []  # step and position of every state in the folder
-        self.d_teacher = self._answers(teacher)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._keep(0, 0.0, teacher.state_dict())
+        self.d_teacher = self._answers(teacher)
 
     def offer(self, net: nn.Module, step: int) -> None:
         """Call after every step, counted from 1: writes `net` where a candidate is due."""

@@ -54,6 +54,22 @@ def test_a_path_is_never_recorded_over_another(tmp_path):
     assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}  # at once
 
 
+def test_node_0_is_the_teacher_as_it_was_given_not_as_its_first_call_leaves_it(tmp_path):
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+        def forward(self, x, sigma, cond=None):
+            return self.norm(x)  # which moves the running mean
+
+    net = Normed()
+    given = {name: weight.clone() for name, weight in net.state_dict().items()}
+    degrade.Recorder(tmp_path, net, 1, 1, [(torch.ones(4, 2), torch.ones(4, 1), None)])
+    node = load_file(tmp_path / "step-0.safetensors")
+    assert all(torch.equal(node[name], weight) for name, weight in given.items())
+
+
 class Twins(nn.Module):
     """Two convolutions, which may have one weight."""
 
