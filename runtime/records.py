@@ -98,12 +98,11 @@ def note_difference(run: Path, config: Config) -> None:
     file = run / "config.json"
     then = files.load_json(file, "name another run").get("backtrack") if file.exists() else None
     then = then if isinstance(then, dict) else {}
-    differs = []
-    for field in dataclasses.fields(config):
-        now = getattr(config, field.name)
-        was = then.get(field.name, now)
-        if was != now and field.metadata["learns"] and field.metadata["stage"] != "degrade":
-            differs.append(f"{flag_of(field.name)} {was}")
+    idle = ("interval", "switch") if then.get("target") == "teacher" else ()  # without a path
+    now = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
+           if field.metadata["learns"] and field.metadata["stage"] != "degrade"}
+    differs = [f"{flag_of(name)} {then[name]}" for name, value in now.items()
+               if then.get(name, value) != value and name not in idle]
     if differs and ranks.rank() == 0:
         print(f"note: the compared run was made with {', '.join(differs)}, this one is not")
 

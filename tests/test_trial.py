@@ -279,12 +279,17 @@ def test_settings_by_which_a_compared_run_differs_are_told_once(finished, capsys
     ring = problem.PRESETS["ring"]
     records.check_finished(finished, "toy2d", ring, tmp_path)  # which has no config.json
     about = dataclasses.asdict(ring) | {"ema": 0.0, "lr_fake": 1e-3, "log_every": 3, "nodes": 7}
+    about |= {"target": "teacher", "interval": 99, "switch": "adaptive"}  # of no use to it
     files.save_json(finished / "config.json", {"backtrack": about, "degrade": {}})
     for rank in (0, 1):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
         records.check_finished(finished, "toy2d", ring, tmp_path)
     assert capsys.readouterr().out == (
         "note: the compared run was made with --lr-fake 0.001, --ema 0.0, this one is not\n")
+    files.save_json(finished / "config.json", {"backtrack": about | {"target": "path"}})
+    monkeypatch.setattr(ranks, "rank", lambda: 0)
+    records.check_finished(finished, "toy2d", ring, tmp_path)
+    assert "--interval 99, --switch adaptive" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("methods, called", [
