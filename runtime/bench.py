@@ -153,9 +153,9 @@ def profile(nets: Any) -> str:
 def parse(bench: Bench, every: int, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The benchmark's own flags, and those of the stage."""
     parser = command.parser(f"python -m {bench.name}.bench", "",
-                            epilog=f"All other flags are those of backtrack.py {bench.name}; "
-                            "its --target, --fake-init, --lr-student, --lr-fake and --out change "
-                            "nothing here.")
+                            epilog=f"All other flags are those of backtrack.py {bench.name}. No "
+                            "file is read, as all weights are random: flags that name files, "
+                            "--target, --fake-init, --lr-student and --lr-fake change nothing.")
     parser.add_argument("--batch", type=command.count, nargs="+",
                         help="a table each; default: preset's")
     parser.add_argument("--iterations", type=command.count, default=every,
