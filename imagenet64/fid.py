@@ -177,7 +177,7 @@ def of_npz(args: argparse.Namespace) -> tuple[Callable, int, int, dict]:
     size = args.images or max(2, len(images) // blocks)
     if len(images) < size * blocks:
         raise disback.Refusal(f"{source} holds {len(images)} images, too few for --blocks "
-                              f"{blocks} of {size} images: name fewer")
+                              f"{blocks} of {size} images: name fewer, or an .npz of more")
 
     def batches(block: int, done: int) -> Iterable[Tensor]:
         for start in range(block * size + done, (block + 1) * size, args.batch):
