@@ -56,7 +56,7 @@ def in_words(error: Exception, what: str = "") -> str:
     if number in NO_ROOM:
         place = what or name or "a file, maybe a temporary one, whose folder TMPDIR names"
         return f"{place}: {why}: make room, or {another}"
-    if any(advice in str(error) for advice in ("weights_only", "allow_pickle")):
+    if any(advice in str(error) for advice in ("weights_only", "allow_pickle", "torch.save")):
         why = "it is of another kind, or holds more than tensors"
     if not what and number and name:
         return f"{name}: {why}: move what is there, or name another place"

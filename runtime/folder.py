@@ -206,8 +206,8 @@ def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
     for name, value in now.items():
         if then.get(name) == value or some and name not in then:
             continue
-        if name == "backtrack_steps" and then.get("decay") == "constant":
-            continue
+        if name == "backtrack_steps" and "constant" in (then.get("decay"), now.get("decay")):
+            continue  # another decay is told as such
         if then.get(f"{name}_sha256") and value and Path(value).expanduser().exists():
             continue  # a teacher's or a model's file that was moved: its hash will be looked at
         why = {"backtrack_steps": "the cosine of its learning rates ends there: name as many; only "

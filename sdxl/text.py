@@ -45,7 +45,7 @@ def embed(folder: Path, prompts: list[str], cache: Path,
     if not file.exists():
         files.must_take_files(cache, "cache by DISBACK_CACHE", files.ROOM_OF_CACHE)
         files.save_tensors(file, encode(folder, prompts, device))
-    with files.blame(f"{file} is broken: remove it"):
+    with files.blame(f"{file} is broken: remove it, and it is made again"):
         bank = load_file(file)
         for name in ("text", "pooled"):
             if len(bank[name]) != len(prompts) or not bank[name].isfinite().all():

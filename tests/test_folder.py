@@ -164,6 +164,7 @@ def test_a_run_of_constant_rates_can_be_prolonged_to_the_bits_of_the_longer_one(
 
 @pytest.mark.parametrize("main, flags, why", [
     (backtrack.main, ["--steps", "99"], "--decay constant"),
+    (backtrack.main, ["--steps", "99", "--decay", "constant"], "--decay cosine, not constant"),
     (backtrack.main, ["--lr-fake", "1"], "--lr-fake"),
     (degrade.main, ["--steps", "99"], "nodes are spread"),
     (degrade.main, ["--nodes", "2"], "--nodes"), (degrade.main, ["--width", "7"], "--width")])
