@@ -37,11 +37,11 @@ def what_matters(config: Config, stage: str) -> dict[str, Any]:
 
 def enter(stage: str, args: Any) -> None:
     """Before anything is trained: refuse a folder of no use, and keep other processes out of it."""
-    out = args.out
+    out, room = args.out, 0 if args.resume or args.overwrite else LOG
     for place in sorted({out, *(Path(out, name).parent for name in args.writes)}):
         if place.resolve() != out.resolve() / place.relative_to(out):
             raise Refusal(f"{place} is a link: put a folder in its place, or name another --out")
-        files.must_take_files(place, "--out", 0 if args.resume or args.overwrite else LOG)
+        files.must_take_files(place, "--out", room * (place == out))
     if ranks.rank() == 0:
         lock(out)  # first: what is there may be another's, under way
     known = {name: vars(args)[name] for name in ("problem", "preset", "seed", "target", "fake_init")
