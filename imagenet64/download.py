@@ -1,5 +1,6 @@
 """Fetching the files that preset full needs: what comes is checked before it gets a file's name."""
 
+import contextlib
 import http.client
 import socket
 import sys
@@ -41,8 +42,10 @@ def fetch(url: str, file: Path, check: Callable[[Path], object]) -> Path:
     if file.exists():
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_name(f".{file.name}.lock")):  # another process that fetches it
-        if not file.exists():
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(PermissionError):  # the lock is another user's: fetch beside him
+            held.enter_context(FileLock(file.with_name(f".{file.name}.lock")))
+        if not file.exists():  # another process may have fetched it meanwhile
             files.sweep(file.parent, file.name)  # killed downloads, which may be gigabytes
             files.atomically(file, download)
     return file

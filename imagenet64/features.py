@@ -17,7 +17,9 @@ from torch import Tensor
 import disback
 from imagenet64 import digits, download
 from imagenet64.edm import to_uint8
+from imagenet64.frechet import root
 from runtime import files
+from runtime.errors import must
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,13 @@ def of_inception(inception: Path, reference: Path,
 def read_reference(file: Path) -> tuple[Tensor, Tensor]:
     """Mean [dim] and covariance [dim, dim] in an .npz with mu and sigma, in float64, or Refusal."""
     mean, cov = (torch.from_numpy(a.astype("f8")) for a in read_npz(file, "mu", "sigma"))
-    if mean.dim() != 1 or cov.shape != 2 * mean.shape or not (
-            mean.isfinite().all() and cov.isfinite().all() and cov.allclose(cov.T)):
-        raise disback.Refusal(
-            f"{file} holds no mean and covariance as the file of {download.REFERENCE} does: "
-            + files.remedy(file, "name that by --reference"))
+    with files.blame(f"{file} holds no mean and covariance as the file of {download.REFERENCE} "
+                     "does: " + files.remedy(file, "name that by --reference")):
+        must(mean.dim() == 1 and cov.shape == 2 * mean.shape,
+             f"their shapes are {list(mean.shape)} and {list(cov.shape)}")
+        must(mean.square().sum().isfinite() and cov.trace().isfinite() and cov.allclose(cov.T),
+             "they are not finite, or not symmetric")
+        root(cov)
     return mean, cov
 
 

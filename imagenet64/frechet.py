@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 import disback
+from runtime.errors import blame, must
 
 
 class Statistics:
@@ -49,18 +50,17 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
     That needs no root of a matrix that is not symmetric, and holds for singular covariances."""
     mean1, cov1, mean2, cov2 = (t.double() for t in (mean1, cov1, mean2, cov2))
     apart = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace()
-    if not (apart.isfinite() and cov1.isfinite().all() and cov2.isfinite().all()):
-        raise disback.Refusal("the distance is not finite: the features, or those of the "
-                              "reference, are too large; use another reference")
-    return (apart - 2 * torch.linalg.svdvals(root(cov1) @ root(cov2)).sum()).item()
+    with blame("the distance cannot be computed: use another reference"):
+        must(apart.isfinite() and cov1.isfinite().all() and cov2.isfinite().all(), "it is not "
+             "finite: the features, or those of the reference, are too large")
+        return (apart - 2 * torch.linalg.svdvals(root(cov1) @ root(cov2)).sum()).item()
 
 
 def root(cov: Tensor) -> Tensor:
-    """The symmetric root. Eigenvalues that rounding alone can make count as zero: their roots are
-    eight digits larger than they, and a singular covariance has many."""
+    """The symmetric root; ValueError where there is none. Eigenvalues that rounding alone can make
+    count as zero: their roots are eight digits larger than they, and a singular covariance has
+    many."""
     values, vectors = torch.linalg.eigh(cov)
-    if values.min() < -1e-6 * values.max().abs():
-        raise disback.Refusal("what should be a covariance has negative eigenvalues: use another "
-                              "reference")
+    must(values.min() >= -1e-6 * values.max().abs(), "a covariance has negative eigenvalues")
     noise = values.max() * len(cov) * torch.finfo(cov.dtype).eps
     return vectors * torch.where(values > noise, values, 0).sqrt() @ vectors.T

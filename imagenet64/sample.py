@@ -147,8 +147,8 @@ def config_of(args: argparse.Namespace) -> problem.Config:
               else "name the run that has recorded the path")
     with files.blame(f"{run} holds no stage {stage} of imagenet64: {remedy}"):
         settings = stages[stage]
-        folder.must_agree(run, settings, {"problem": "imagenet64"})
-        folder.must_agree(run, settings, {"preset": preset or settings["preset"]})
+        records.must_agree(run, settings, {"problem": "imagenet64"})
+        records.must_agree(run, settings, {"preset": preset or settings["preset"]})
         found = {field.name: settings[field.name] for field in dataclasses.fields(problem.Config)}
     try:
         return problem.Config(**found)

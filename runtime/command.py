@@ -42,8 +42,9 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
         words = [word for word in (*sys.argv, errors.cache()) if not word.isascii()]
         if words and sys.getfilesystemencoding() != "utf-8":  # not every library heeds another one
             raise Refusal(f"the locale is not UTF-8, as {ascii(words[0])} is: set PYTHONUTF8=1")
-        if any("\udc80" <= letter <= "\udcff" for letter in "".join(sys.argv)):  # bytes, to Python
-            raise Refusal(f"an argument is not UTF-8: {ascii(sys.argv[1:])}")
+        for word in words:
+            if any("\udc80" <= letter <= "\udcff" for letter in word):  # bytes, to Python
+                raise Refusal(f"an argument, or DISBACK_CACHE, is not UTF-8: {ascii(word)}")
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) != signal.SIG_IGN:  # as in a script's background
                 signal.signal(number, stop)

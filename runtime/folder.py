@@ -13,13 +13,14 @@ import torch
 
 from disback import DegradationPath, Refusal
 from runtime import files, ranks, records
-from runtime.interface import Config, Problem, flag_of
+from runtime.interface import Config, Problem
 
 # What the stages write; a problem adds what it draws.
 STAGE1 = ("path/path.json", "path/[0-9]*.safetensors", "path/step-*.safetensors", "path/state.pt",
           "path/log.jsonl")
 STAGE2 = ("student.safetensors", "state.pt", "log.jsonl", "metrics.json",
           "snapshots/[0-9]*.safetensors")
+STARTS = ("step-0.safetensors", "0000000.safetensors")  # before a stage's first step
 LOG = 10**7  # bytes for a log, snapshots and figures; the toy's are 5 MB
 HELD: list[tuple] = []  # of each lock its file, its handle and the folders made for it
 
@@ -53,9 +54,9 @@ def enter(stage: str, args: Any) -> None:
     refuse_taken(stage, args)
     if recorded and args.resume:
         path = read_path(out / "path", known)
-        must_agree(out / "path", stages_of(out).get("degrade", {}), known, some=True)
+        records.must_agree(out / "path", stages_of(out).get("degrade", {}), known, some=True)
     elif args.resume:
-        check_state(out, stage, known, own(args))
+        check_state(out, stage, known, learnt(stage, args))
         records.check_left(out)
     if walked:
         records.must_be_recorded(walked, args.resume)
@@ -113,12 +114,18 @@ def own(args: Any) -> list[Path]:
         file for file in numbered if file.stem.removeprefix("step-").isdigit())]
 
 
+def learnt(stage: str, args: Any) -> list[Path]:
+    """The same but for what this stage wrote before its first step, which may have failed."""
+    began = stage in stages_of(args.out)
+    return [file for file in own(args) if not (began and file.name in STARTS)]
+
+
 def refuse_taken(stage: str, args: Any) -> None:
     """Refuse what no run made, and results, unless they shall be overwritten or gone on with."""
-    out, taken, stages = args.out, own(args), stages_of(args.out)
+    out, taken, stages = args.out, learnt(stage, args), stages_of(args.out)
     for other in {about["problem"] for about in stages.values()} - {args.problem}:
         raise Refusal(f"{out} holds a run of {other}: name another --out")
-    for file in taken:
+    for file in own(args):
         if file.is_dir():
             raise Refusal(f"{file} was not made by a run, it is a folder: name another --out")
     if not taken or args.resume or args.overwrite and stages:
@@ -182,7 +189,7 @@ def claim(args: Any, problem: Problem, stage: str, settings: dict, need: int) ->
 
 
 def check_state(out: Path, stage: str, known: dict, taken: list[Path]) -> None:
-    """Refuse to go on without a checkpoint, or with one of other flags; `taken`: own() files."""
+    """Refuse to go on without a checkpoint, or with one of other flags; `taken`: learnt() files."""
     file = (out / "path" if stage == "degrade" else out) / "state.pt"
     finished = is_finished(out)
     if not file.exists():
@@ -193,35 +200,11 @@ def check_state(out: Path, stage: str, known: dict, taken: list[Path]) -> None:
     with files.blame(f"{file} is not a checkpoint of this run: " + (
             "name another --out" if finished else "start with --overwrite in place of --resume")):
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        must_agree(file, state["settings"], known)
+        records.must_agree(file, state["settings"], known)
         records.check_state_numbers(state)
         if state["step"] > known[f"{stage}_steps"]:
             raise Refusal(f"{file} is at step {state['step']} already: --steps must be at least "
                           "as many")
-
-
-def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
-    """Refuse to go on with what was made by other flags; the first that differs is named. `some`:
-    what `then` lacks does not matter. A stage 2 of constant rates can have more steps."""
-    for name, value in now.items():
-        if then.get(name) == value or some and name not in then:
-            continue
-        if name == "backtrack_steps" and "constant" in (then.get("decay"), now.get("decay")):
-            continue  # another decay is told as such
-        if then.get(f"{name}_sha256") and value and Path(value).expanduser().exists():
-            continue  # a teacher's or a model's file that was moved: its hash will be looked at
-        why = {"backtrack_steps": "the cosine of its learning rates ends there: name as many; only "
-               "a run with --decay constant can be prolonged",
-               "degrade_steps": "its nodes are spread over them", "problem": "name another",
-               "path": "it was recorded again since then, or is not the one of then: use that, or "
-               "another --out"}.get(name, "use the same flags")
-        if name.endswith("_sha256"):  # --teacher is no flag of every problem
-            of = name[:-7] if name == "teacher_sha256" else flag_of(name[:-7])
-            raise Refusal(f"{what} was made with another {of}, its files say: use the files and "
-                          "flags of then, see its config.json, or begin anew in another --out")
-        called = name if name in ("problem", "path") else flag_of(name)
-        was, wanted = ("none" if of in ("", None) else of for of in (then.get(name), value))
-        raise Refusal(f"{what} was made with {called} {was}, not {wanted}: {why}")
 
 
 def read_path(folder: Path, known: dict, load_node: Any = None) -> DegradationPath:
@@ -236,7 +219,7 @@ def read_path(folder: Path, known: dict, load_node: Any = None) -> DegradationPa
     steps, positions = path.about["steps"], path.about["positions"]
     if len(steps) != len(positions) or steps != sorted({int(step) for step in steps}):
         raise Refusal(f"{folder}/path.json was changed, its steps cannot be: record the path again")
-    must_agree(folder, path.about | {
+    records.must_agree(folder, path.about | {
         "nodes": len(path) - 1, "degrade_steps": path.about["steps"][-1]}, known, some=True)
     records.check_number(folder / "path.json", "network_evals", path.about.get("network_evals", 0))
     return path
@@ -245,6 +228,6 @@ def read_path(folder: Path, known: dict, load_node: Any = None) -> DegradationPa
 def open_path(folder: Path, problem: Problem) -> DegradationPath:
     """The same for a problem, all of whose flags the path must name."""
     path = read_path(folder, {}, problem.load_node)
-    must_agree(folder, path.about, problem.about)
+    records.must_agree(folder, path.about, problem.about)
     records.must_hold(path.files, problem.teacher)
     return path

@@ -1,4 +1,4 @@
-"""The numbers of a run: which may be written, and its log and snapshots, read back."""
+"""What a run has written, read back: whether its settings are the present ones, and its numbers."""
 
 import contextlib
 import dataclasses
@@ -23,6 +23,30 @@ def check_number(file: Path, name: str, value: Any) -> None:
     if type(value) not in (int, float) or not 0 <= value < 1e30:
         raise Refusal(f"{name} in {file} is {value!r}, which is no number that it can be: the file "
                       "was changed; make it again")
+
+
+def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
+    """Refuse to go on with what was made by other flags; the first that differs is named. `some`:
+    what `then` lacks does not matter. A stage 2 of constant rates can have more steps."""
+    for name, value in now.items():
+        if then.get(name) == value or some and name not in then:
+            continue
+        if name == "backtrack_steps" and "constant" in (then.get("decay"), now.get("decay")):
+            continue  # another decay is told as such
+        if then.get(f"{name}_sha256") and value and Path(value).expanduser().exists():
+            continue  # a teacher's or a model's file that was moved: its hash will be looked at
+        why = {"backtrack_steps": "the cosine of its learning rates ends there: name as many; only "
+               "a run with --decay constant can be prolonged",
+               "degrade_steps": "its nodes are spread over them", "problem": "name another",
+               "path": "it was recorded again since then, or is not the one of then: use that, or "
+               "another --out"}.get(name, "use the same flags")
+        if name.endswith("_sha256"):  # --teacher is no flag of every problem
+            of = name[:-7] if name == "teacher_sha256" else flag_of(name[:-7])
+            raise Refusal(f"{what} was made with another {of}, its files say: use the files and "
+                          "flags of then, see its config.json, or begin anew in another --out")
+        called = name if name in ("problem", "path") else flag_of(name)
+        was, wanted = ("none" if of in ("", None) else of for of in (then.get(name), value))
+        raise Refusal(f"{what} was made with {called} {was}, not {wanted}: {why}")
 
 
 def read_log(run: Path, begun: bool = True) -> list[dict]:

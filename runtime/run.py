@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from disback import Refusal, load_strictly
 from runtime import files, place, ranks
-from runtime.folder import LOG, claim, must_agree, what_matters
+from runtime.folder import LOG, claim, what_matters
 from runtime.interface import Problem
-from runtime.records import check_finite, cut_log
+from runtime.records import check_finite, cut_log, must_agree
 from runtime.signals import asked_to_stop, heeding_signals
 
 

@@ -38,7 +38,8 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> list:
                 for latent in latents)
     pictures = [(x / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu() for x in pictures]
     if not all(picture.isfinite().all() for picture in pictures):
-        raise disback.Refusal("a picture is not finite: the run has diverged, try lower rates")
+        raise disback.Refusal("a picture is not finite: the run has diverged, try lower rates; or "
+                              "the VAE of its --model has weights too large")
     return [picture.numpy() for picture in pictures]
 
 

@@ -1,6 +1,7 @@
 """Fetching a file from a server on this machine that cuts, or sends something else."""
 
 import hashlib
+import os
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -155,3 +156,22 @@ def test_a_full_disk_is_not_blamed_on_the_network(tmp_path, monkeypatch):
     assert str(tmp_path / "file.bin") in line and "No space left on device: make room" in line
     assert "try again" not in line
     assert [file.name for file in tmp_path.iterdir()] == [".file.bin.lock"]
+
+
+def test_a_lock_and_a_half_written_file_of_another_user_keep_nobody_from_fetching(
+        server, tmp_path, monkeypatch):
+    torn, rmdir = tmp_path / ".file.bin.a1b2c3d4.unfinished", os.rmdir
+    torn.mkdir()
+
+    def refuse(path, **_):
+        if torn.name in str(path) or path == tmp_path / ".file.bin.lock":
+            raise PermissionError(13, "Permission denied")
+        rmdir(path, **_)
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    with monkeypatch.context() as patch:
+        patch.setattr(download, "FileLock", refuse)
+        assert download.fetch(server.url, tmp_path / "file.bin", is_body).read_bytes() == BODY
+    (tmp_path / "file.bin").unlink()
+    assert download.fetch(server.url, tmp_path / "file.bin", is_body).read_bytes() == BODY
+    assert torn.exists()

@@ -92,7 +92,7 @@ def test_features_and_covariances_that_cannot_be_are_refused():
     assert "not finite" in refusal(fid.Statistics(2).add, torch.tensor([[0.0, float("nan")]]))
     one, zero = torch.eye(2), torch.zeros(2)
     for mean, cov in ((1e200 * torch.ones(2).double(), one), (zero, torch.inf * one)):
-        assert "distance is not finite" in refusal(fid.frechet_distance, zero, one, mean, cov)
+        assert "it is not finite" in refusal(fid.frechet_distance, zero, one, mean, cov)
     assert "negative eigenvalues" in refusal(fid.frechet_distance, zero, one, zero, -one)
 
 
@@ -239,6 +239,8 @@ def test_inception_gets_bytes_and_gives_its_features_not_its_answers(inception):
 
 @pytest.mark.parametrize("broken", [{"mu": np.zeros(3)}, {"mu": np.zeros(3), "sigma": np.eye(4)},
                                     {"mu": np.zeros(3), "sigma": np.eye(3) * np.nan},
+                                    {"mu": np.zeros(3), "sigma": np.diag([1, 1, -1e-3])},
+                                    {"mu": np.full(3, 1e200), "sigma": np.eye(3)},
                                     {"mu": np.array([None]), "sigma": np.eye(1)}])
 def test_a_reference_that_is_none_is_refused_by_name(inception, broken):
     np.savez(inception[1], **broken)

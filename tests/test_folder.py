@@ -304,6 +304,27 @@ def test_a_run_that_died_before_its_first_checkpoint_is_told_one_way_on(
     assert "name another --out" in line and "--overwrite" not in line
 
 
+@pytest.mark.parametrize("main, update", [(degrade.main, "update_score_model"),
+                                          (backtrack.main, "vsd_loss")])
+def test_a_run_that_failed_at_its_first_step_is_simply_begun_again(
+        refused, main, update, monkeypatch, tmp_path, recorded, no_figures):
+    argv = ["toy2d", "--out", tmp_path / "run"]
+    argv += DEGRADE if main is degrade.main else [*BACKTRACK, "--path", recorded / "path"]
+
+    def large(*args):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disback, update, large)
+        assert "out of memory (lower --batch)" in refused(main, argv)
+    assert any(name.name in folder.STARTS for name in (tmp_path / "run").rglob("*"))
+    assert "start without it" in refused(main, [*argv, "--resume"])
+    (tmp_path / "run" / "config.json").rename(tmp_path / "config.json")  # then it may be a user's
+    assert "is no run's folder" in refused(main, argv)
+    (tmp_path / "config.json").rename(tmp_path / "run" / "config.json")
+    main([*map(str, argv), "--batch", "4"])
+
+
 def test_help_names_every_field_with_its_comment_and_the_values_of_the_preset(capsys):
     for preset, size in (("tiny", "(32)"), ("full", "(1024)")):
         with pytest.raises(SystemExit) as ended:

@@ -579,13 +579,13 @@ def test_a_moved_teacher_is_known_by_its_hash(tmp_path):
     other = tmp_path / "other.safetensors"
     then = {"teacher": str(tmp_path / "one.safetensors"), "teacher_sha256": "a"}
     for name in (str(other), ""):
-        assert "--teacher" in refusal(folder.must_agree, tmp_path, then, {"teacher": name})
+        assert "--teacher" in refusal(records.must_agree, tmp_path, then, {"teacher": name})
     other.touch()
     now = {"teacher": str(other), "teacher_sha256": "a"}
-    folder.must_agree(tmp_path, then, now)
-    told = refusal(folder.must_agree, tmp_path, then, now | {"teacher_sha256": "b"})
+    records.must_agree(tmp_path, then, now)
+    told = refusal(records.must_agree, tmp_path, then, now | {"teacher_sha256": "b"})
     assert "was made with another teacher, its files say: use the files and flags of then" in told
-    told = refusal(folder.must_agree, tmp_path, {"prompts_sha256": "a"}, {"prompts_sha256": "b"})
+    told = refusal(records.must_agree, tmp_path, {"prompts_sha256": "a"}, {"prompts_sha256": "b"})
     assert "was made with another --prompts, its files say" in told
 
 
