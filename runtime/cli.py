@@ -42,14 +42,14 @@ def make(args: Any, make: Callable) -> Problem:
 def parse(stage: str, doc: str, argv: Sequence[str], flags: dict) -> tuple[Any, Any]:
     """The arguments, with the problem's settings as `config`, and the problem's module."""
     problems = sorted(file.parent.name for file in Path(__file__).parents[1].glob("*/problem.py"))
+    argv = [word[:-1] if word[:-1] in problems else word for word in argv]  # a shell adds the "/"
     parser = command.parser(f"{stage}.py", doc,
                             epilog="PROBLEM --help lists the problem's flags as well.")
     parser.add_argument("problem", choices=problems, metavar="PROBLEM", help=" | ".join(problems))
     add_common(parser)
     for name, keywords in flags.items():
         parser.add_argument("--" + name.replace("_", "-"), **keywords)
-    name = next((word for word in argv if word in problems), None)
-    if name:
+    if name := next((word for word in argv if word in problems), None):
         module = importlib.import_module(f"{name}.problem")
         add_settings(parser, stage, module.PRESETS, named_preset(argv))
         parser.set_defaults(out=Path("runs", name))

@@ -42,15 +42,17 @@ def in_words(error: Exception, what: str = "") -> str:
     if told := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors tells it in words
         number = int(told[1])
     in_cache = re.search(rf"(?<!\S){re.escape(cache())}(/|[:;,\s]|$)", f"{name} {what}")
-    of_hub = re.search(r", by (HF_\w+)\)", what)
+    of_hub, flag = re.search(r", by (HF_\w+)\)", what), re.search(r"another (--[a-z]+)", what)
     another = (f"name another place by {of_hub[1]}" if of_hub else
-               "name another cache by DISBACK_CACHE" if in_cache else "name another place")
+               "name another cache by DISBACK_CACHE" if in_cache else
+               f"name another {flag[1] if flag else 'place'}")
     if isinstance(error, FileNotFoundError) and not error.filename:  # safetensors: it cannot read
         name = str(error).partition(": ")[2]
         number = errno.EACCES if os.path.lexists(name) else number
     if number == errno.EACCES or isinstance(error, PermissionError):
         place = pathlib.Path(name)
-        place = place.parent if place.name.endswith(UNFINISHED) else place
+        for part in (place, *place.parents):
+            place = part.parent if part.name.endswith(UNFINISHED) else place
         return f"permission denied: {place}: change its mode, if it is yours, or {another}"
     why = getattr(error, "strerror", None) or str(error)[:300]
     if number in NO_ROOM:

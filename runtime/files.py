@@ -47,8 +47,7 @@ def atomically(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None
 
 
 def sweep(folder: pathlib.Path, name: str = "*") -> None:
-    """Remove what killed processes left half written of files of that name in a folder, as far as
-    it is ours."""
+    """Remove what killed processes left half written of files of that name, as far as we may."""
     for torn in folder.glob(f".{name}.{'?' * 8}{UNFINISHED}"):  # as tempfile ends names
         if torn.is_dir() and not torn.is_symlink():
             shutil.rmtree(torn, ignore_errors=True)

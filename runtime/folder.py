@@ -76,7 +76,11 @@ def lock(out: Path) -> None:
     file, new = out / ".disback.lock", [p for p in (out, *out.parents) if not p.exists()]
     with files.blame(f"cannot write {file}: remove it, or name another --out"):
         out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except PermissionError as error:
+            raise Refusal(f"{file} is another user's: remove it, if no process works in that "
+                          "folder, or name another --out") from error
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:

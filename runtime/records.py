@@ -99,7 +99,7 @@ def check_finished(run: Path, problem: str, config: Config, out: Path) -> None:
     """Refuse a run that the figures of one of `problem`, in `out`, cannot show beside theirs."""
     if run.resolve() == out.resolve():
         raise Refusal(f"--compare {run} is this run itself: name another one")
-    about = files.load_json(run / "metrics.json", "--compare takes a finished run")
+    about = files.load_json(run / "metrics.json", "name another --compare, a finished run")
     if about.get("problem") != problem:
         raise Refusal(f"{run} is a run of {about.get('problem')}: --compare takes one of {problem}")
     for name in ("data", "images", "size"):  # on which a distance depends, where a problem has it

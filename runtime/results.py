@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from disback import Refusal
 from runtime import files, ranks
 from runtime.interface import Config, Problem
 from runtime.records import check_number
@@ -52,9 +53,12 @@ def finish(out: Path, problem: Problem, student: nn.Module, path: Any, compare: 
         "network_evals": {"stage1": stage1, "stage2": stage2, "total": stage1 + stage2},
         **measured})
     ranks.barrier()
-    with files.lost(f"the student is in {out}; the same command with --resume, not "
-                    "--overwrite, draws its figures"):
-        problem.draw(out, path, compare)
+    kept = f"the student is in {out}; --resume, not --overwrite, draws its figures"
+    try:
+        with files.lost(kept):
+            problem.draw(out, path, compare)
+    except Refusal as error:
+        raise Refusal(f"{error}; {kept}") from error
     if ranks.rank() == 0:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
         drawn = f"; figures in {out}/figures" if (out / "figures").is_dir() else ""

@@ -24,8 +24,8 @@ def draw(out: Path, path: disback.DegradationPath | None, compare: Path | None, 
     rows = [(f"node {i}" if i else "teacher", pictures) for i, pictures in enumerate(nodes)]
     sheet(out / "figures" / "path.png", "What each node of the path draws in many steps, guided",
           rows, prompts)
-    rows = [(f"{step}: to " + (f"node {node}" if node else "the teacher"),
-             decode(vae, x0.to(vae.device))) for step, node, x0 in moments(out)]
+    rows = [(f"{step}: {label}", decode(vae, x0.to(vae.device)))
+            for step, label, x0 in moments(out)]
     sheet(out / "figures" / "student.png", "The student's one step: at the start, after each "
           "switch of the target, at the end", rows, prompts)
     draw_mismatch(out / "figures" / "mismatch.png", [run for run in (out, compare) if run])
@@ -43,12 +43,13 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> list:
     return [picture.numpy() for picture in pictures]
 
 
-def moments(out: Path) -> list[tuple[int, int, Tensor]]:
-    """(step, node, x0 [n, 4, h, w]) of the first snapshot, those after a switch, and the last."""
+def moments(out: Path) -> list[tuple[int, str, Tensor]]:
+    """(step, label, x0 [n, 4, h, w]) of the first snapshot, those after a switch, and the last."""
     kept = read_snapshots(out)
-    shown = [kept[0], *switches(kept), kept[-1]]
-    return [(step, int(held["node"]), held["x0"]) for step, held in
-            dict((step, (step, held)) for step, held in shown).values()]
+    shown = dict([kept[0], *switches(kept), kept[-1]])
+    labels = {step: f"to node {int(held['node'])}" if held["node"] else "to the teacher"
+              for step, held in shown.items()} | {kept[-1][0]: "the end"}
+    return [(step, labels[step], held["x0"]) for step, held in shown.items()]
 
 
 def sheet(file: Path, title: str, rows: list[tuple[str, list]], prompts: list[str]) -> None:

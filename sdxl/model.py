@@ -169,7 +169,7 @@ def read_unet(file: Path) -> dict[str, Tensor]:
     """The weights of a UNet in one `file`, which may be Denoiser's, under the UNet's own names.
     Nothing is unpickled but tensors."""
     with files.blame(f"{file} holds no weights of a UNet: "
-                     + layout.again(file, "name another file")):
+                     + layout.again(file, "name another file, .safetensors or .bin")):
         state = (load_file(file) if file.suffix == ".safetensors"
                  else torch.load(file, map_location="cpu", weights_only=True))
         if not isinstance(state, dict) or not all(isinstance(w, Tensor) for w in state.values()):

@@ -21,7 +21,7 @@ SHIPPED = Path(__file__).with_name("prompts.txt")
 def read_prompts(file: str | Path) -> list[str]:
     """The lines of a UTF-8 text file that are not blank, ended by line feeds alone; Refusal where
     there are none."""
-    with files.blame(f"{file} cannot be read: --prompts takes a UTF-8 text file, a prompt a line"):
+    with files.blame(f"{file} cannot be read: name another --prompts, UTF-8 text, a prompt a line"):
         lines = Path(file).expanduser().read_bytes().decode("utf-8-sig").split("\n")
     if any("\0" in line for line in lines):
         raise disback.Refusal(f"{file} is no text, or UTF-16: save it as UTF-8, a prompt a line")

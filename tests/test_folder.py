@@ -20,6 +20,7 @@ import degrade
 import disback
 import runtime
 from runtime import command, files, folder, run
+from toy2d import figures
 
 
 def everything(out):
@@ -322,6 +323,11 @@ def test_a_run_that_failed_at_its_first_step_is_simply_begun_again(
     (tmp_path / "run" / "config.json").rename(tmp_path / "config.json")  # then it may be a user's
     assert "is no run's folder" in refused(main, argv)
     (tmp_path / "config.json").rename(tmp_path / "run" / "config.json")
+    begun = next(f for f in (tmp_path / "run").rglob("*") if f.name in folder.STARTS)
+    begun.rename(tmp_path / "begun")
+    begun.mkdir()
+    assert f"{begun} was not made by a run, it is a folder" in refused(main, argv)
+    begun.rmdir()
     main([*map(str, argv), "--batch", "4"])
 
 
@@ -473,3 +479,14 @@ def test_a_full_disk_is_named_whatever_the_writer_says(monkeypatch, tmp_path):
             files.atomically, tmp_path / "a.pt", fail)
     assert "unexpected pos" in refusal(files.atomically, tmp_path / "a.pt", fail)
     assert not list(tmp_path.iterdir())
+
+
+def test_where_figures_fail_the_student_is_said_to_be_kept(finished, refused, monkeypatch):
+    out, argv = finished
+
+    def broken(*_):
+        raise disback.Refusal("a snapshot is broken")
+
+    monkeypatch.setattr(figures, "draw", broken)
+    assert f"a snapshot is broken; the student is in {out}; --resume, not --overwrite, draws" in (
+        refused(backtrack.main, [*argv, "--resume"]))

@@ -556,7 +556,7 @@ def test_the_snapshots_are_of_the_noise_and_the_prompts_that_the_figures_name(wa
         assert prompts == expected
     assert [label for label, _ in sheets["path.png"][0]] == ["teacher", "node 1", "node 2"]
     assert [label for label, _ in sheets["student.png"][0]] == [
-        "0: to node 1", "2: to the teacher", "3: to the teacher"]
+        "0: to node 1", "2: to the teacher", "3: the end"]
     rows = [np.stack(pictures) for rows, _ in sheets.values() for _, pictures in rows]
     assert all((one != other).any() for i, one in enumerate(rows) for other in rows[:i])
 

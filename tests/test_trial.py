@@ -352,6 +352,7 @@ def test_a_home_of_nobody_is_named(refused, main, words):
 @pytest.mark.parametrize("error, words", [
     (PermissionError(13, "Permission denied", "a/b"), "permission denied: a/b: change its mode"),
     (PermissionError(13, "", "a/.b.x1y2z3w4.unfinished"), "permission denied: a: change its mode"),
+    (PermissionError(13, "", "a/.b.x1y2z3w4.unfinished/b"), "permission denied: a: change its"),
     (FileNotFoundError(f"No such file or directory: {__file__}"),  # safetensors calls it so
      f"permission denied: {__file__}: change its mode"),
     (ModuleNotFoundError("No module named 'x'"), "No module named 'x': pip install -r req"),
@@ -729,3 +730,38 @@ def test_a_log_that_leads_elsewhere_is_not_written(refused, tmp_path):
     line = refused(backtrack.main, ["toy2d", *BACKTRACK, "--target", "teacher",
                                     "--out", tmp_path / "run"])
     assert "log.jsonl exists" in line and not (tmp_path / "created").exists()
+
+
+def test_a_file_that_may_not_be_read_is_told_with_its_flag(monkeypatch, tmp_path):
+    monkeypatch.setattr(pathlib.Path, "read_bytes", denied)
+    assert "if it is yours, or name another --prompts" in refusal(text.read_prompts, "a.txt")
+    monkeypatch.setattr(pathlib.Path, "read_text", denied)
+    assert "or name another --compare" in refusal(
+        records.check_finished, tmp_path, "toy2d", problem.PRESETS["ring"], tmp_path / "run")
+
+
+def denied(file, *_, **__):
+    raise PermissionError(13, "Permission denied", str(file))
+
+
+def test_another_users_lock_is_told_to_be_removed_not_changed(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "open", denied)
+    assert f"{tmp_path / '.disback.lock'} is another user's: remove it, if no process" in refusal(
+        folder.lock, tmp_path)
+
+
+def test_a_run_that_diverges_says_what_is_kept_where_there_is_something(
+        refused, recorded, tmp_path, no_figures):
+    argv = ["toy2d", *BACKTRACK, "--path", recorded / "path", "--out", tmp_path / "run",
+            "--lr-student", "1e17", "--lr-fake", "1e17", "--log-every", "4"]
+    line = refused(backtrack.main, argv)
+    assert "at step 4" in line and line.endswith("try lower learning rates")
+    line = refused(backtrack.main, [*argv, "--overwrite", "--lr-student", "1e-9", "--lr-fake",
+                                    "1e17", "--save-every", "1"])
+    assert f"{tmp_path / 'run' / 'state.pt'} is kept as it was" in line
+
+
+def test_the_slash_that_a_shell_adds_to_a_problem_is_taken(capsys):
+    with pytest.raises(SystemExit) as ended:
+        degrade.main(["toy2d/", "--help"])
+    assert ended.value.code == 0 and "--teacher-lr" in capsys.readouterr().out
