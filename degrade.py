@@ -110,7 +110,7 @@ def main(argv: list[str]) -> None:
         recorder.close(**problem.about, spacing=config.spacing, seconds=run.seconds,
                        network_evals=results.evals_of_path(config, len(recorder.candidates)))
         (out / "state.pt").unlink(missing_ok=True)
-        print(f"path: {config.nodes} nodes in {out}")
+        print(f"path: nodes 0 to {config.nodes} in {out}")
     ranks.barrier()
 
 

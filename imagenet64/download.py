@@ -43,10 +43,10 @@ def fetch(url: str, file: Path, check: Callable[[Path], object]) -> Path:
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
-        with contextlib.suppress(PermissionError):  # the lock is another user's: fetch beside him
+        with contextlib.suppress(PermissionError):  # the lock is another user's: do without
             held.enter_context(FileLock(file.with_name(f".{file.name}.lock")))
-        if not file.exists():  # another process may have fetched it meanwhile
             files.sweep(file.parent, file.name)  # killed downloads, which may be gigabytes
+        if not file.exists():  # another process may have fetched it meanwhile
             files.atomically(file, download)
     return file
 

@@ -56,13 +56,14 @@ def of_inception(inception: Path, reference: Path,
     Refuses files that are not that."""
     with files.blame(f"{inception} is not the TorchScript Inception of {download.INCEPTION}: "
                      + files.remedy(inception, "name that by --inception")):
+        digest = files.sha256(inception)
         net = torch.jit.load(inception, map_location=device).eval()
         zeros = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device)
         if not net(zeros, return_features=True).isfinite().all():
             raise ValueError("its features are not finite")
     mean, cov = read_reference(reference)
     extractor = Extractor((3, 64, 64), lambda x: net(x.to(device), return_features=True),
-                          {"features_sha256": files.sha256(inception),
+                          {"features_sha256": digest,
                            "reference_sha256": files.sha256(reference)})
     return extractor, (mean, cov)
 
@@ -72,10 +73,10 @@ def read_reference(file: Path) -> tuple[Tensor, Tensor]:
     mean, cov = (torch.from_numpy(a.astype("f8")) for a in read_npz(file, "mu", "sigma"))
     with files.blame(f"{file} holds no mean and covariance as the file of {download.REFERENCE} "
                      "does: " + files.remedy(file, "name that by --reference")):
-        must(mean.dim() == 1 and cov.shape == 2 * mean.shape,
+        must(mean.dim() == 1 and len(mean) and cov.shape == 2 * mean.shape,
              f"their shapes are {list(mean.shape)} and {list(cov.shape)}")
-        must(mean.square().sum().isfinite() and cov.trace().isfinite() and cov.allclose(cov.T),
-             "they are not finite, or not symmetric")
+        must(mean.square().sum().isfinite() and cov.square().sum().isfinite()
+             and cov.allclose(cov.T), "they are not finite, or not symmetric")
         root(cov)
     return mean, cov
 

@@ -44,7 +44,7 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
             raise Refusal(f"the locale is not UTF-8, as {ascii(words[0])} is: set PYTHONUTF8=1")
         for word in words:
             if any("\udc80" <= letter <= "\udcff" for letter in word):  # bytes, to Python
-                raise Refusal(f"an argument, or DISBACK_CACHE, is not UTF-8: {ascii(word)}")
+                raise Refusal(f"an argument, DISBACK_CACHE or HOME is not UTF-8: {ascii(word)}")
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) != signal.SIG_IGN:  # as in a script's background
                 signal.signal(number, stop)

@@ -42,7 +42,8 @@ def in_words(error: Exception, what: str = "") -> str:
     if told := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors tells it in words
         number = int(told[1])
     in_cache = re.search(rf"(?<!\S){re.escape(cache())}(/|[:;,\s]|$)", f"{name} {what}")
-    of_hub, flag = re.search(r", by (HF_\w+)\)", what), re.search(r"another (--[a-z]+)", what)
+    of_hub = re.search(r", by (HF_\w+)\)", what)
+    flag = re.search(r"(?:another|by) (--[a-z]+)", what)
     another = (f"name another place by {of_hub[1]}" if of_hub else
                "name another cache by DISBACK_CACHE" if in_cache else
                f"name another {flag[1] if flag else 'place'}")

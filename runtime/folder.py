@@ -20,7 +20,7 @@ STAGE1 = ("path/path.json", "path/[0-9]*.safetensors", "path/step-*.safetensors"
           "path/log.jsonl")
 STAGE2 = ("student.safetensors", "state.pt", "log.jsonl", "metrics.json",
           "snapshots/[0-9]*.safetensors")
-STARTS = ("step-0.safetensors", "0000000.safetensors")  # before a stage's first step
+STARTS = ("step-0.safetensors", "0000000.safetensors")  # are written before a stage's first step
 LOG = 10**7  # bytes for a log, snapshots and figures; the toy's are 5 MB
 HELD: list[tuple] = []  # of each lock its file, its handle and the folders made for it
 
@@ -67,7 +67,7 @@ def enter(stage: str, args: Any) -> None:
     if args.resume and recorded:
         if ranks.rank() == 0:
             (out / "path" / "state.pt").unlink(missing_ok=True)
-            print(f"{len(path) - 1} nodes are recorded already in {out / 'path'}")
+            print(f"nodes 0 to {len(path) - 1} are recorded already in {out / 'path'}")
         sys.exit()
 
 
@@ -79,7 +79,7 @@ def lock(out: Path) -> None:
         try:
             handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except PermissionError as error:
-            raise Refusal(f"{file} is another user's: remove it, if no process works in that "
+            raise Refusal(f"permission denied: {file}: remove it, if no process works in that "
                           "folder, or name another --out") from error
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -119,7 +119,7 @@ def own(args: Any) -> list[Path]:
 
 
 def learnt(stage: str, args: Any) -> list[Path]:
-    """The same but for what this stage wrote before its first step, which may have failed."""
+    """own() without what this stage wrote before its first step, which may have failed."""
     began = stage in stages_of(args.out)
     return [file for file in own(args) if not (began and file.name in STARTS)]
 

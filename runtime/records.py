@@ -175,7 +175,8 @@ def must_be_recorded(folder: Path, resumed: bool) -> None:
     if (folder / "state.pt").exists():
         raise Refusal(f"{folder} is not recorded to its end: degrade.py --resume goes on with it")
     if resumed:
-        raise Refusal(f"{folder} is not there: this run had its path elsewhere, name it by --path")
+        raise Refusal(f"{folder} is not there: if this run had its path elsewhere, name it by "
+                      "--path")
     raise Refusal(f"{folder}/path.json is missing: record the path with degrade.py, or name "
                   "another by --path")
 

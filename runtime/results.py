@@ -53,12 +53,11 @@ def finish(out: Path, problem: Problem, student: nn.Module, path: Any, compare: 
         "network_evals": {"stage1": stage1, "stage2": stage2, "total": stage1 + stage2},
         **measured})
     ranks.barrier()
-    kept = f"the student is in {out}; --resume, not --overwrite, draws its figures"
     try:
-        with files.lost(kept):
+        with files.lost(f"the student is in {out}; --resume, not --overwrite, draws its figures"):
             problem.draw(out, path, compare)
     except Refusal as error:
-        raise Refusal(f"{error}; {kept}") from error
+        raise Refusal(f"{error}; the student is kept in {out}") from error
     if ranks.rank() == 0:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
         drawn = f"; figures in {out}/figures" if (out / "figures").is_dir() else ""

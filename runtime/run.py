@@ -95,8 +95,8 @@ class Run:
         means = {name: total.item() / (self.step - self.since)
                  for name, total in self.sums.items()}
         self.sums, self.since, numbers = {}, self.step, means | numbers
-        check_finite(numbers, self.step, node, self.state.exists()
-                     * f"; {self.state} is kept as it was")
+        kept = f"; {self.state} is kept as it was" if self.state.exists() else ""
+        check_finite(numbers, self.step, node, kept)
         if ranks.rank() == 0:
             with files.blame(f"cannot write {self.log_file}"), open(self.log_file, "a") as handle:
                 handle.write(json.dumps({"step": self.step, "node": node, **numbers}) + "\n")

@@ -32,7 +32,7 @@ def make(config: Config, seed: int = 0,
         model.must_have_peft()
     prompts = text.read_prompts(config.prompts or text.SHIPPED)
     if config.prompts and ranks.rank() == 0:
-        print(f"{len(prompts)} prompts in {config.prompts}, the first: {prompts[0][:60]}")
+        print(f"prompts: {len(prompts)} in {config.prompts}, the first: {prompts[0][:60]}")
     cache = files.cached("")
     folder = model.find(config.model, cache)
     bank = text.embed(folder, prompts, cache, device)

@@ -47,9 +47,9 @@ def moments(out: Path) -> list[tuple[int, str, Tensor]]:
     """(step, label, x0 [n, 4, h, w]) of the first snapshot, those after a switch, and the last."""
     kept = read_snapshots(out)
     shown = dict([kept[0], *switches(kept), kept[-1]])
-    labels = {step: f"to node {int(held['node'])}" if held["node"] else "to the teacher"
-              for step, held in shown.items()} | {kept[-1][0]: "the end"}
-    return [(step, labels[step], held["x0"]) for step, held in shown.items()]
+    labels = {step: f"to node {int(held['node'])}" for step, held in shown.items() if held["node"]}
+    labels[kept[-1][0]] = "the end"
+    return [(step, labels.get(step, "to the teacher"), held["x0"]) for step, held in shown.items()]
 
 
 def sheet(file: Path, title: str, rows: list[tuple[str, list]], prompts: list[str]) -> None:

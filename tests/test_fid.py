@@ -237,14 +237,25 @@ def test_inception_gets_bytes_and_gives_its_features_not_its_answers(inception):
     assert mean.tolist() == [0, 0, 0] and cov.equal(torch.eye(3).double())
 
 
+INFINITE = np.array([[1, np.inf], [np.inf, 1]])
+
+
 @pytest.mark.parametrize("broken", [{"mu": np.zeros(3)}, {"mu": np.zeros(3), "sigma": np.eye(4)},
                                     {"mu": np.zeros(3), "sigma": np.eye(3) * np.nan},
                                     {"mu": np.zeros(3), "sigma": np.diag([1, 1, -1e-3])},
                                     {"mu": np.full(3, 1e200), "sigma": np.eye(3)},
+                                    {"mu": np.zeros(0), "sigma": np.zeros((0, 0))},
+                                    {"mu": np.zeros(2), "sigma": np.array([[1.0, 2], [0, 1]])},
+                                    {"mu": np.zeros(1), "sigma": np.array([[np.inf]])},
+                                    {"mu": np.zeros(2), "sigma": INFINITE},
                                     {"mu": np.array([None]), "sigma": np.eye(1)}])
 def test_a_reference_that_is_none_is_refused_by_name(inception, broken):
     np.savez(inception[1], **broken)
-    assert "reference.npz" in refusal(features.of_inception, *inception, "cpu")
+    line = refusal(features.of_inception, *inception, "cpu")
+    if len(broken) == 2 and broken["mu"].dtype == float:
+        assert "reference.npz holds no mean and covariance as the file of" in line
+        assert ("negative eigenvalues" in line) == (broken["sigma"].min(initial=0) < 0)
+    assert "reference.npz" in line and "min()" not in line
 
 
 @pytest.mark.parametrize("how", ["gone", "no TorchScript", "not finite"])

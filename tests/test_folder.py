@@ -1,6 +1,7 @@
 """A run's folder: whose files go, who may use it at a time, and what is refused before any work."""
 
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -320,9 +321,14 @@ def test_a_run_that_failed_at_its_first_step_is_simply_begun_again(
         assert "out of memory (lower --batch)" in refused(main, argv)
     assert any(name.name in folder.STARTS for name in (tmp_path / "run").rglob("*"))
     assert "start without it" in refused(main, [*argv, "--resume"])
-    (tmp_path / "run" / "config.json").rename(tmp_path / "config.json")  # then it may be a user's
+    config = tmp_path / "run" / "config.json"
+    begun = config.read_text()
+    config.unlink()  # then it may be a user's
     assert "is no run's folder" in refused(main, argv)
-    (tmp_path / "config.json").rename(tmp_path / "run" / "config.json")
+    other, = {"degrade", "backtrack"} - json.loads(begun).keys()
+    config.write_text(json.dumps({other: {"problem": "toy2d"}}))
+    assert "exists: name another --out" in refused(main, argv)
+    config.write_text(begun)
     begun = next(f for f in (tmp_path / "run").rglob("*") if f.name in folder.STARTS)
     begun.rename(tmp_path / "begun")
     begun.mkdir()
@@ -484,9 +490,16 @@ def test_a_full_disk_is_named_whatever_the_writer_says(monkeypatch, tmp_path):
 def test_where_figures_fail_the_student_is_said_to_be_kept(finished, refused, monkeypatch):
     out, argv = finished
 
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
     def broken(*_):
         raise disback.Refusal("a snapshot is broken")
 
+    with monkeypatch.context() as patch:
+        patch.setattr(figures, "draw", interrupted)
+        assert f"interrupted: the student is in {out}; --resume, not --overwrite, draws" in refused(
+            backtrack.main, [*argv, "--resume"], status=130)
     monkeypatch.setattr(figures, "draw", broken)
-    assert f"a snapshot is broken; the student is in {out}; --resume, not --overwrite, draws" in (
+    assert f"a snapshot is broken; the student is kept in {out}" in (
         refused(backtrack.main, [*argv, "--resume"]))

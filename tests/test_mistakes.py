@@ -154,12 +154,13 @@ def test_a_json_file_that_is_none_is_refused_with_the_remedy(tmp_path, text):
     assert "x.json cannot be read: write it again" in said
 
 
-def test_an_argument_that_is_not_utf_8_is_refused_and_a_cache(refused, monkeypatch):
+def test_an_argument_that_is_not_utf_8_is_refused_and_a_cache(
+        refused, monkeypatch, tmp_path):
     word = os.fsdecode(b"caf\xe9")
     assert "not UTF-8" in refused(degrade.main, ["toy2d", "--out", word])
     assert "caf" in refused(degrade.main, ["toy2d", "--preset", "caf\u00e9"])
-    monkeypatch.setenv("DISBACK_CACHE", word)
-    assert "DISBACK_CACHE, is not UTF-8: '" in refused(degrade.main, ["toy2d"])
+    monkeypatch.setenv("DISBACK_CACHE", str(tmp_path / word))
+    assert "DISBACK_CACHE or HOME is not UTF-8: '" in refused(degrade.main, ["toy2d"])
 
 
 @pytest.mark.parametrize("broken", [b"", b"cut", {"x0": torch.zeros(2, 2)}, {

@@ -28,6 +28,7 @@ import disback
 from imagenet64 import download, fid, sample
 from imagenet64 import problem as digits
 from runtime import cli, command, errors, files, folder, pictures, plots, ranks, records
+from runtime.run import Run
 from sdxl import figures, generate, layout, text, tiny
 from toy2d import problem
 from toy2d.gallery import __main__ as gallery
@@ -738,6 +739,8 @@ def test_a_file_that_may_not_be_read_is_told_with_its_flag(monkeypatch, tmp_path
     monkeypatch.setattr(pathlib.Path, "read_text", denied)
     assert "or name another --compare" in refusal(
         records.check_finished, tmp_path, "toy2d", problem.PRESETS["ring"], tmp_path / "run")
+    assert errors.in_words(PermissionError(13, "", "a"), "a is none: name that by --it").endswith(
+        "or name another --it")
 
 
 def denied(file, *_, **__):
@@ -746,22 +749,23 @@ def denied(file, *_, **__):
 
 def test_another_users_lock_is_told_to_be_removed_not_changed(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "open", denied)
-    assert f"{tmp_path / '.disback.lock'} is another user's: remove it, if no process" in refusal(
+    assert f"denied: {tmp_path / '.disback.lock'}: remove it, if no process works" in refusal(
         folder.lock, tmp_path)
 
 
-def test_a_run_that_diverges_says_what_is_kept_where_there_is_something(
-        refused, recorded, tmp_path, no_figures):
-    argv = ["toy2d", *BACKTRACK, "--path", recorded / "path", "--out", tmp_path / "run",
-            "--lr-student", "1e17", "--lr-fake", "1e17", "--log-every", "4"]
-    line = refused(backtrack.main, argv)
-    assert "at step 4" in line and line.endswith("try lower learning rates")
-    line = refused(backtrack.main, [*argv, "--overwrite", "--lr-student", "1e-9", "--lr-fake",
-                                    "1e17", "--save-every", "1"])
-    assert f"{tmp_path / 'run' / 'state.pt'} is kept as it was" in line
+def test_a_number_that_is_not_finite_ends_a_run_with_what_is_kept(tmp_path):
+    made = Run.__new__(Run)
+    made.step, made.state, made.log_file = 4, tmp_path / "state.pt", tmp_path / "log.jsonl"
+    for kept in ("", f"; {made.state} is kept as it was"):
+        made.sums, made.since = {"loss": torch.tensor(float("inf"))}, 0
+        assert refusal(made.log, 1) == (
+            "loss is inf at step 4, node 1: try lower learning rates" + kept)
+        made.state.touch()
+    assert not made.log_file.exists()
 
 
 def test_the_slash_that_a_shell_adds_to_a_problem_is_taken(capsys):
     with pytest.raises(SystemExit) as ended:
         degrade.main(["toy2d/", "--help"])
     assert ended.value.code == 0 and "--teacher-lr" in capsys.readouterr().out
+    assert "invalid choice: 'toy2dx'" in refusal(degrade.main, ["toy2dx"])
