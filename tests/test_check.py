@@ -1,5 +1,6 @@
 """The check of a machine, on this one."""
 
+import math
 import time
 from concurrent.futures import Future
 
@@ -94,6 +95,12 @@ def test_the_losses_do_not_vanish_and_see_an_input_that_changes(name):
     assert found.isfinite().all() and (found > 1e-3).all()
     other = check.losses(name, (1.001 * inputs[0], *inputs[1:]), "cpu")
     assert check.apart(other, found) > 1e-5
+
+
+def test_numbers_that_are_alike_are_not_apart_even_at_zero():
+    zero, two, nan = (torch.tensor([0.0, x]) for x in (0.0, 2.0, torch.nan))
+    assert check.apart(zero, zero) == 0 and check.apart(two * 1.5, two) == 0.5
+    assert math.isinf(check.apart(two, zero)) and math.isnan(check.apart(nan, two))
 
 
 @pytest.mark.parametrize("argv, cause", [(["toy3d"], "toy3d"), (["--steps", "1"], "--steps")])

@@ -356,7 +356,8 @@ def test_a_cut_off_measurement_is_not_gone_on_with_once_its_parts_have_changed(
     with pytest.raises(KeyboardInterrupt):
         run(capsys, tmp_path, "--images", 20)
     changed[what] = "b"
-    assert what in refusal(run, capsys, tmp_path, "--images", 20)
+    assert f"with other {what[:-7]}: remove it to measure from the start" in refusal(
+        run, capsys, tmp_path, "--images", 20)
 
 
 @pytest.mark.parametrize("broken", [
