@@ -182,7 +182,7 @@ def main(argv: Sequence[str]) -> None:
                         help=f"of {', '.join(PROBLEMS)} (default: all)")
     parser.add_argument("--steps", type=command.count, default=20,
                         help="of either stage (default: 20)")
-    args = parser.parse_args(argv)
+    args = parser.parse_args([word.rstrip("/") for word in argv])  # as a shell completes folders
     if unknown := sorted({*args.problems} - {*PROBLEMS}):
         command.refuse(f"there is no problem {unknown[0]}")
     if args.steps < 8:

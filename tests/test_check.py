@@ -103,7 +103,8 @@ def test_numbers_that_are_alike_are_not_apart_even_at_zero():
     assert math.isinf(check.apart(two, zero)) and math.isnan(check.apart(nan, two))
 
 
-@pytest.mark.parametrize("argv, cause", [(["toy3d"], "toy3d"), (["--steps", "1"], "--steps")])
+@pytest.mark.parametrize("argv, cause", [(["toy3d"], "toy3d"), (["toy2d/", "x"], "problem x"),
+                                         (["--steps", "1"], "--steps")])
 def test_a_mistake_is_refused(argv, cause):
     assert cause in refusal(check.main, argv)
 
