@@ -7,6 +7,7 @@ uint8 arr_0 [n, h, w, c] and the classes arr_1 [n], the layout that FID tools re
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -72,10 +73,13 @@ def add_source(parser: argparse.ArgumentParser, also: str = "") -> None:
 
 def run_or_images(text: str) -> str:
     """The type of RUN, which for fid.py may be an .npz."""
-    text = str(command.path(text))
-    if text != "teacher" and Path(text).is_file() and not text.endswith(".npz"):
+    word = command.home(text)
+    text = str(Path(word))
+    if word == "teacher":
+        return word
+    if Path(text).is_file() and not text.endswith(".npz"):
         raise argparse.ArgumentTypeError(f"{text} is a file: name the folder of its run")
-    return text
+    return os.path.abspath(text) if text == "teacher" else text  # a folder, named as teacher/
 
 
 def default_name(args: argparse.Namespace, name: str = "samples") -> Path:

@@ -22,6 +22,7 @@ from runtime.ranks import rank
 UMASK = os.umask(0o022)  # it can only be read by setting it
 os.umask(UMASK)
 ROOM_OF_CACHE = 10**7  # bytes: the teachers that are trained have 3 MB at most
+ASKED_FOR: set[pathlib.Path] = set()  # of the cache; other files in its folder are the user's
 
 
 def atomically(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
@@ -49,8 +50,7 @@ def atomically(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None
 def sweep(folder: pathlib.Path, name: str = "*") -> None:
     """Remove what killed processes left half written of files of that name, as far as we may."""
     for torn in folder.glob(f".{name}.{'?' * 8}{UNFINISHED}"):  # as tempfile ends names
-        if torn.is_dir() and not torn.is_symlink():
-            shutil.rmtree(torn, ignore_errors=True)
+        shutil.rmtree(torn, ignore_errors=True)  # which leaves what is no folder, or a link to one
 
 
 def save_tensors(file: pathlib.Path, tensors: dict[str, Tensor]) -> None:
@@ -72,8 +72,7 @@ def load_net(file: pathlib.Path, net: nn.Module, remedy: str = "make it again") 
 
 def remedy(file: pathlib.Path, otherwise: str) -> str:
     """What helps against a broken file: who made it decides. `otherwise` it is the user's."""
-    ours = file.absolute().is_relative_to(cached("").absolute())
-    return f"remove {file}, and it is made or fetched again" if ours else otherwise
+    return f"remove {file}, and it is made or fetched again" if file in ASKED_FOR else otherwise
 
 
 def save_json(file: pathlib.Path, value: Any) -> None:
@@ -96,6 +95,7 @@ def cached(name: str) -> pathlib.Path:
     if cache().startswith("~"):
         raise Refusal(f"{cache()} is in no home: name the cache's folder by DISBACK_CACHE")
     file = pathlib.Path(cache(), name)
+    ASKED_FOR.add(file)
     if name and not file.exists():
         must_take_files(file.parent, "cache by DISBACK_CACHE", ROOM_OF_CACHE)
     return file

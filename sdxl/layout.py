@@ -121,7 +121,7 @@ def find(model: str, cache: Path, flag: str = "--model", parts: Collection[str] 
     folder = Path(model).expanduser() if model else tiny.folder(cache)
     if folder.is_file():
         raise disback.Refusal(
-            f"{model} is a single file: if it is a whole checkpoint, convert it by diffusers, "
+            f"{folder} is a single file: if it is a whole checkpoint, convert it by diffusers, "
             "StableDiffusionXLPipeline.from_single_file(FILE).save_pretrained(FOLDER), and name "
             f"that folder by {flag}")
     takes = f"{flag} takes OWNER/NAME of the hub, or an SDXL pipeline's folder as diffusers has it"
@@ -129,7 +129,7 @@ def find(model: str, cache: Path, flag: str = "--model", parts: Collection[str] 
                         "tokenizer/* and tokenizer_2/*"])
     if not folder.is_dir():
         if not on_hub(model):
-            raise disback.Refusal(f"{model} is no folder here: {takes}: {wanted}")
+            raise disback.Refusal(f"{model or folder} is no folder here: {takes}: {wanted}")
         with files.blame(f"model {model} is no folder here and was not to be had from {HUB}: "
                          f"fetch it where there is a network, logged in if it is gated; {takes}: "
                          f"{wanted}"):

@@ -99,7 +99,8 @@ def must_be_sdxl(folder: Path, flag: str = "--model") -> None:
     config = files.load_json(folder / "unet" / "config.json", layout.again(folder))
     for name, of_sdxl, default in (
             ("addition_embed_type", "text_time", None), ("in_channels", 4, 4),
-            ("out_channels", 4, 4), ("time_cond_proj_dim", None, None)):
+            ("out_channels", 4, 4), ("time_cond_proj_dim", None, None),
+            ("class_embed_type", None, None), ("encoder_hid_dim_type", None, None)):
         if (found := config.get(name, default)) != of_sdxl:
             raise disback.Refusal(f"{folder} has a UNet with {name} {found}, not {of_sdxl}: name "
                                   f"an SDXL base model by {flag}")

@@ -467,3 +467,11 @@ def test_the_command_refuses_by_name(monkeypatch, tmp_path, inception, argv, cau
     (tmp_path / "text.npz").write_text("no zip")
     said = refusal(fid.main, argv)
     assert cause in said and "unsafely" not in said  # which numpy would advise
+
+
+def test_a_folder_named_teacher_is_not_the_teacher(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert fid.parse(["teacher"]).source == "teacher"
+    for word in ("teacher/", "./teacher", "./teacher//"):
+        assert fid.parse([word]).source == str(tmp_path / "teacher")
+    assert fid.parse(["runs/teacher"]).source == "runs/teacher"

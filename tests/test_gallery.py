@@ -947,6 +947,23 @@ def test_the_figure_tells_what_was_not_run_from_what_cannot_be(tmp_path):
     assert said == {"vsd": ["not run", "not run"], "instaflow": ["not run", "not defined"]}
 
 
+def test_a_page_with_both_marks_gets_the_table_and_every_other_is_left_alone(tmp_path):
+    page, marks = tmp_path / "README.md", [mark.encode() for mark in (report.BEGIN, report.END)]
+    for held in (b"Caf\xe9", b"a" + marks[0] + b"b", b"a" + marks[1] + marks[0], b"a" + marks[1]):
+        page.write_bytes(held)
+        report.show(page, "table")
+        assert page.read_bytes() == held
+    page.write_bytes(b"Caf\xe9 " + marks[0] + b" old " + marks[1] + b" end")
+    page.rename(tmp_path / "elsewhere")
+    page.symlink_to(tmp_path / "elsewhere")
+    report.show(page, "table")
+    assert b" old " in page.read_bytes()
+    (tmp_path / "elsewhere").replace(page)
+    report.show(page, "table")
+    assert page.read_bytes() == (
+        b"Caf\xe9 " + marks[0] + b"\n\ntable\n" + marks[1] + b" end")
+
+
 def test_nothing_that_is_not_the_gallerys_is_replaced(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "draw", lambda *_: None)
     (tmp_path / "README.md").write_text("notes")

@@ -79,7 +79,10 @@ def test_a_model_that_is_not_sdxl_is_refused_before_its_text_encoders_are_read(m
         make, problem, "tiny", model=str(mine))
     edit(mine / "unet" / "config.json", addition_embed_type="text_time", in_channels=9)
     assert "in_channels 9, not 4: name" in refusal(make, problem, "tiny", model=str(mine))
-    edit(mine / "unet" / "config.json", in_channels=4, addition_time_embed_dim=256)
+    edit(mine / "unet" / "config.json", in_channels=4, class_embed_type="identity")
+    assert "class_embed_type identity, not None: name" in refusal(
+        make, problem, "tiny", model=str(mine))
+    edit(mine / "unet" / "config.json", class_embed_type=None, addition_time_embed_dim=256)
     line = refusal(make, problem, "tiny", model=str(mine))
     assert "do not fit together: " in line
 

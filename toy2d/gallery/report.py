@@ -22,12 +22,17 @@ def write(out: Path, lines: list[dict], methods: tuple[str, ...]) -> None:
         rows.setdefault(key, []).append(line)
     text = "\n".join([*reference(rows), "", *plane(rows, done), "", *analogues(rows, done), ""])
     files.atomically(out / "table.md", lambda beside: beside.write_text(text, "utf-8"))
-    page = out / "README.md"  # the committed lines' own page shows the table
-    if page.exists() and BEGIN in (held := page.read_text("utf-8")):
-        before, _, rest = held.partition(BEGIN)
-        whole = before + BEGIN + "\n\n" + text + "\n" + END + rest.partition(END)[2]
-        files.atomically(page, lambda beside: beside.write_text(whole, "utf-8"))
+    show(out / "README.md", text)
     draw(out, rows, methods)
+
+
+def show(page: Path, table: str) -> None:
+    """Put the table between the marks of the committed lines' own page; another is left alone."""
+    held = page.read_text("utf-8", "surrogateescape") if page.exists() else ""
+    before, _, rest = held.partition(BEGIN)
+    if END in rest and not page.is_symlink():
+        whole = before + BEGIN + "\n\n" + table + "\n" + END + rest.partition(END)[2]
+        files.atomically(page, lambda beside: beside.write_text(whole, "utf-8", "surrogateescape"))
 
 
 def reference(rows: dict) -> list[str]:
