@@ -11,6 +11,7 @@ from runtime import files
 from runtime.errors import must
 
 MADE_BY = "DisBack"
+Image.MAX_IMAGE_PIXELS = None  # of pictures the headers alone are read, and grids are large
 
 
 def save(file: Path, image: Image.Image) -> None:

@@ -447,6 +447,8 @@ def test_a_picture_that_was_not_made_here_is_not_replaced(tmp_path):
         pictures.save(tmp_path / name, image) if made else image.save(tmp_path / name)
     pictures.must_be_ours(tmp_path / "grid.png", "--out")
     pictures.must_be_ours(tmp_path / "none.png", "--out")
+    pictures.save(tmp_path / "large.png", Image.new("1", (19000, 19000)))  # over Pillow's limit
+    pictures.must_be_ours(tmp_path / "large.png", "--out")
     (tmp_path / "text.png").write_text("mine")
     np.savez(tmp_path / "mine.npz", 1, 2)
     pictures.save_arrays(tmp_path / "ours.npz", np.ones(1), np.ones(1))
