@@ -4,6 +4,7 @@ the student's folder for diffusers and the hub."""
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -121,6 +122,9 @@ def find(student: str) -> tuple[Path, dict]:
             named = place.is_file() and (place.name != "student.safetensors" or not file.exists())
             return place if named else file, about
     if place.is_file():
+        if ranks.rank() == 0:
+            print(f"note: no {ABOUT} is beside {place}, so that it draws at timestep "
+                  f"{about['timestep']}", file=sys.stderr)
         return place, about
     if place.is_dir():
         raise disback.Refusal(f"{place} holds no student: name the folder of a run of sdxl whose "

@@ -525,19 +525,24 @@ def test_generate_makes_a_picture_of_each_prompt_and_seed_that_no_other_changes(
     assert np.array_equal(grid, np.concatenate(rows))
 
 
-def test_a_student_that_is_the_teacher_generates_what_the_teacher_would(base, mine, tmp_path):
+def test_a_student_that_is_the_teacher_generates_what_the_teacher_would(
+        base, mine, tmp_path, capsys):
     """A file of plain weights serves as well, as the published ones are; at the base's size. The
     base needs no weights of a UNet."""
     file = tmp_path / "weights.bin"
     torch.save(UNet2DConditionModel.from_pretrained(base / "unet").half().state_dict(), file)
     (mine / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     pipe, about = generate.load(str(file), str(mine))
+    note = "note: no disback.json is beside"
+    assert f"{note} {file}, so that it draws at timestep 399\n" in capsys.readouterr().err
     edit(mine / "unet" / "config.json", sample_size=[16, 16])  # serves who says his size
     assert "the UNet's sample_size is [16, 16]" in refusal(generate.load, str(file), str(mine))
     shutil.copy(file, tmp_path / generate.WEIGHTS)
     said = {"base": "", "timestep": 7, "size": 48}
     files.save_json(tmp_path / generate.ABOUT, said)
+    capsys.readouterr()
     assert generate.load(str(tmp_path), str(mine))[1] == said
+    assert note not in capsys.readouterr().err
     assert about == {"base": generate.BASE, "timestep": 399, "size": 32}
     teacher = model.load(base)[0].half().float().state_dict()
     assert same(pipe.unet.state_dict(), teacher)
