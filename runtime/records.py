@@ -37,7 +37,8 @@ def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
             continue  # a teacher's or a model's file that was moved: its hash will be looked at
         why = {"backtrack_steps": "the cosine of its learning rates ends there: name as many; only "
                "a run with --decay constant can be prolonged",
-               "degrade_steps": "its nodes are spread over them", "problem": "name another",
+               "degrade_steps": "its nodes are spread over them: name as many, or another --out",
+               "problem": "name another",
                "path": "it was recorded again since then, or is not the one of then: use that, or "
                "another --out"}.get(name, "use the same flags")
         if name.endswith("_sha256"):  # --teacher is no flag of every problem

@@ -340,3 +340,21 @@ def test_a_teacher_from_a_file_is_that_teacher(tmp_path):
     made = make(problem, "tiny", teacher=str(tmp_path / "mine.safetensors"))
     assert same(made.teacher.state_dict(), net.state_dict())
     assert made.about["teacher_sha256"] == files.sha256(tmp_path / "mine.safetensors")
+
+
+@pytest.mark.parametrize("main, argv", [(degrade.main, DEGRADE), (backtrack.main, BACKTRACK)])
+def test_what_a_run_reads_is_never_among_what_it_replaces(run, tmp_path, refused, main, argv):
+    out = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns(".disback.lock"))
+    before = files.sha256(out / "student.safetensors")
+    (tmp_path / "other").symlink_to(out)
+    for to, place in ((out, tmp_path / "other"), (tmp_path / "other", out)):
+        line = refused(main, [*argv, "--out", to, "--overwrite", "--teacher",
+                              place / "student.safetensors"])
+        assert "student.safetensors is to be read, and would be replaced: name another" in line
+    assert files.sha256(out / "student.safetensors") == before
+    shutil.copy(out / "student.safetensors", out / "teacher.safetensors")
+    with pytest.MonkeyPatch.context() as patch:  # that one stays, and may be read
+        patch.setattr(problem, "make", lambda *_: pytest.fail("it goes on"))
+        with pytest.raises(pytest.fail.Exception, match="it goes on"):
+            main([*argv, "--out", str(out), "--overwrite", "--teacher",
+                  str(out / "teacher.safetensors")])

@@ -484,3 +484,14 @@ def test_the_settings_are_there_without_the_libraries_that_take_seconds_to_load(
 def test_the_libraries_warnings_are_off_from_the_import_on(name):
     """One of transformers comes as pipelines are imported, one of the hub's at every retry."""
     assert not logging.getLogger(name).isEnabledFor(logging.WARNING)
+
+
+def test_a_model_among_what_a_run_replaces_is_refused(tmp_path, refused):
+    unet = tmp_path / "run" / "student" / "unet" / "diffusion_pytorch_model.safetensors"
+    unet.parent.mkdir(parents=True)
+    unet.write_text("of a pipeline that was put together there")
+    files.save_json(tmp_path / "run" / "config.json", {"backtrack": {"problem": "sdxl"}})
+    line = refused(degrade.main, ["sdxl", "--out", tmp_path / "run", "--overwrite", "--model",
+                                  tmp_path / "run" / "student"])
+    assert f"{unet} is to be read, and would be replaced: name another --out" in line
+    assert unet.exists()
