@@ -129,12 +129,14 @@ def refuse_taken(stage: str, args: Any) -> None:
     out, taken, stages = args.out, learnt(stage, args), stages_of(args.out)
     for other in {about["problem"] for about in stages.values()} - {args.problem}:
         raise Refusal(f"{out} holds a run of {other}: name another --out")
-    reads = {Path(value).resolve() for value in vars(args.config).values() if type(value) is str}
-    reads = {read for read in reads if out.resolve() in read.parents}  # files and folders of theirs
+    named = [value for value in vars(args.config).values() if type(value) is str and value]
+    here, *places = (Path(os.path.realpath(name)) for name in (out, *named))
+    reads = {place for place in places if here in place.parents}  # files and folders in `out`
     for file in own(args):
         if file.is_dir():
             raise Refusal(f"{file} was not made by a run, it is a folder: name another --out")
-        if reads & {file.resolve(), *file.resolve().parents}:
+        there = Path(os.path.realpath(file))
+        if reads & {there, *there.parents}:
             raise Refusal(f"{file} is to be read, and would be replaced: name another --out")
     if not taken or args.resume or args.overwrite and stages:
         return

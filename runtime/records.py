@@ -44,8 +44,8 @@ def must_agree(what: Path, then: dict, now: dict, some: bool = False) -> None:
         if name.endswith("_sha256"):  # --teacher is no flag of every problem
             of = name[:-7] if name == "teacher_sha256" else flag_of(name[:-7])
             raise Refusal(f"{what} was made with another {of}, its files say: use the files and "
-                          "flags of then, which the run's config.json tells, or begin anew with "
-                          "degrade.py in another --out")
+                          "flags of then, which the run's config.json tells, or begin anew, from "
+                          "its first stage, in another --out")
         called = name if name in ("problem", "path") else flag_of(name)
         was, wanted = ("none" if of in ("", None) else of for of in (then.get(name), value))
         raise Refusal(f"{what} was made with {called} {was}, not {wanted}: {why}")

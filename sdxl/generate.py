@@ -123,7 +123,7 @@ def find(student: str) -> tuple[Path, dict]:
             return place if named else file, about
     if place.is_file():
         if ranks.rank() == 0:
-            print(f"note: no {ABOUT} is beside {place}, so that it draws at timestep "
+            print(f"note: {place} does not say its student's timestep: it draws at "
                   f"{about['timestep']}", file=sys.stderr)
         return place, about
     if place.is_dir():

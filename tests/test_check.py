@@ -98,7 +98,8 @@ def test_the_losses_do_not_vanish_and_see_an_input_that_changes(name):
 
 
 def test_numbers_that_are_alike_are_not_apart_even_at_zero():
-    zero, two, nan = (torch.tensor([0.0, x]) for x in (0.0, 2.0, torch.nan))
+    zero, two, nan, inf = (torch.tensor([0.0, x]) for x in (0.0, 2.0, torch.nan, torch.inf))
+    assert math.isnan(check.apart(inf, inf))
     assert check.apart(zero, zero) == 0 and check.apart(two * 1.5, two) == 0.5
     assert math.isinf(check.apart(two, zero)) and math.isnan(check.apart(nan, two))
 

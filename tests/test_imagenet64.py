@@ -353,8 +353,18 @@ def test_what_a_run_reads_is_never_among_what_it_replaces(run, tmp_path, refused
         assert "student.safetensors is to be read, and would be replaced: name another" in line
     assert files.sha256(out / "student.safetensors") == before
     shutil.copy(out / "student.safetensors", out / "teacher.safetensors")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "--teacher" in refused(main, [*argv, "--out", out, "--overwrite", "--teacher",
+                                         tmp_path / "loop"])
     with pytest.MonkeyPatch.context() as patch:  # that one stays, and may be read
         patch.setattr(problem, "make", lambda *_: pytest.fail("it goes on"))
         with pytest.raises(pytest.fail.Exception, match="it goes on"):
             main([*argv, "--out", str(out), "--overwrite", "--teacher",
                   str(out / "teacher.safetensors")])
+        patch.chdir(out / "path")  # from there no word of another setting is a file either
+        with pytest.raises(pytest.fail.Exception, match="it goes on"):
+            main([*argv, "--out", "..", "--overwrite"])
+        patch.chdir(tmp_path)  # where a folder may be named as a setting's value
+        shutil.copytree(out, "teacher/run", ignore=shutil.ignore_patterns(".disback.lock"))
+        with pytest.raises(pytest.fail.Exception, match="it goes on"):
+            main([*argv, "--out", "teacher/run", "--overwrite"])

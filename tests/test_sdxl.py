@@ -533,8 +533,8 @@ def test_a_student_that_is_the_teacher_generates_what_the_teacher_would(
     torch.save(UNet2DConditionModel.from_pretrained(base / "unet").half().state_dict(), file)
     (mine / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     pipe, about = generate.load(str(file), str(mine))
-    note = "note: no disback.json is beside"
-    assert f"{note} {file}, so that it draws at timestep 399\n" in capsys.readouterr().err
+    note = "does not say its student's timestep: it draws at 399"
+    assert f"note: {file} {note}\n" in capsys.readouterr().err
     edit(mine / "unet" / "config.json", sample_size=[16, 16])  # serves who says his size
     assert "the UNet's sample_size is [16, 16]" in refusal(generate.load, str(file), str(mine))
     shutil.copy(file, tmp_path / generate.WEIGHTS)

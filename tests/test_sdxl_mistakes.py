@@ -419,6 +419,7 @@ def test_the_student_of_a_run_that_is_replaced_is_removed_and_what_is_beside_it_
     made = SimpleNamespace(config=settings.TINY)
     args = SimpleNamespace(out=tmp_path, problem="sdxl", preset="tiny", seed=0, overwrite=False,
                            resume=False, accumulate=1, shard=False, compile=False,
+                           config=problem.PRESETS["tiny"],
                            writes=folder.writes("backtrack", problem.WRITES))
     assert "student/unet/config.json exists" in refusal(folder.refuse_taken, tmp_path, args)
     args.overwrite = True
