@@ -122,7 +122,7 @@ def find(student: str) -> tuple[Path, dict]:
             named = place.is_file() and (place.name != "student.safetensors" or not file.exists())
             return place if named else file, about
     if place.is_file():
-        if ranks.rank() == 0:
+        if place.name != WEIGHTS and ranks.rank() == 0:  # the published weights' is that
             print(f"note: {place} does not say its student's timestep: it draws at "
                   f"{about['timestep']}", file=sys.stderr)
         return place, about

@@ -538,9 +538,11 @@ def test_a_student_that_is_the_teacher_generates_what_the_teacher_would(
     edit(mine / "unet" / "config.json", sample_size=[16, 16])  # serves who says his size
     assert "the UNet's sample_size is [16, 16]" in refusal(generate.load, str(file), str(mine))
     shutil.copy(file, tmp_path / generate.WEIGHTS)
+    capsys.readouterr()
+    assert generate.find(str(tmp_path / generate.WEIGHTS))[1]["timestep"] == 399
+    assert note not in capsys.readouterr().err
     said = {"base": "", "timestep": 7, "size": 48}
     files.save_json(tmp_path / generate.ABOUT, said)
-    capsys.readouterr()
     assert generate.load(str(tmp_path), str(mine))[1] == said
     assert note not in capsys.readouterr().err
     assert about == {"base": generate.BASE, "timestep": 399, "size": 32}
