@@ -77,11 +77,12 @@ def restore(file: Path, dim: int, about: dict) -> tuple[Statistics, list[float]]
         kept = load_file(file)
         then = json.loads(bytes(kept["about"].tolist()))
         for name in about | then:
+            if then.get(name) == about.get(name):
+                continue
             what = (f"other {name.removesuffix('_sha256')}" if name.endswith("_sha256")
                     else f"{name} {then.get(name)}, not {about.get(name)}")
-            if then.get(name) != about.get(name):
-                raise disback.Refusal(f"{file} is of a measurement with {what}: remove it to "
-                                      "measure from the start, or finish that one")
+            raise disback.Refusal(f"{file} is of a measurement with {what}: remove it to measure "
+                                  "from the start, or finish that one")
         statistics.n = int(kept["n"])
         statistics.mean += kept["mean"]  # these two raise where the shapes differ
         statistics.scatter += kept["scatter"]

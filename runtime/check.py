@@ -180,10 +180,11 @@ def last_line(said: str, status: int) -> str:
 def main(argv: Sequence[str]) -> None:
     parser = command.parser("python -m runtime.check", __doc__)
     parser.add_argument("problems", nargs="*", default=PROBLEMS, metavar="PROBLEM",
+                        type=lambda word: word.rstrip("/") or word,  # a shell writes toy2d/
                         help=f"of {', '.join(PROBLEMS)} (default: all)")
     parser.add_argument("--steps", type=command.count, default=20,
                         help="of either stage (default: 20)")
-    args = parser.parse_args([word.rstrip("/") for word in argv])  # as a shell completes folders
+    args = parser.parse_args(argv)
     if unknown := sorted({*args.problems} - {*PROBLEMS}):
         command.refuse(f"there is no problem {unknown[0]}")
     if args.steps < 8:

@@ -42,7 +42,7 @@ def make(args: Any, make: Callable) -> Problem:
 def parse(stage: str, doc: str, argv: Sequence[str], flags: dict) -> tuple[Any, Any]:
     """The arguments, with the problem's settings as `config`, and the problem's module."""
     problems = sorted(file.parent.name for file in Path(__file__).parents[1].glob("*/problem.py"))
-    argv = [w.rstrip("/") if w.rstrip("/") in problems else w for w in argv]  # as shells add it
+    argv = [w.rstrip("/") if w.rstrip("/") in problems else w for w in argv]  # of a shell's toy2d/
     parser = command.parser(f"{stage}.py", doc,
                             epilog="PROBLEM --help lists the problem's flags as well.")
     parser.add_argument("problem", choices=problems, metavar="PROBLEM", help=" | ".join(problems))

@@ -105,6 +105,7 @@ def test_numbers_that_are_alike_are_not_apart_even_at_zero():
 
 
 @pytest.mark.parametrize("argv, cause", [(["toy3d"], "toy3d"), (["toy2d/", "x"], "problem x"),
+                                         (["/"], "problem /"), (["--steps", "9/"], "9/"),
                                          (["--steps", "1"], "--steps")])
 def test_a_mistake_is_refused(argv, cause):
     assert cause in refusal(check.main, argv)

@@ -162,8 +162,10 @@ def test_a_full_disk_is_not_blamed_on_the_network(tmp_path, monkeypatch):
 
 def test_a_lock_and_a_half_written_file_of_another_user_keep_nobody_from_fetching(
         server, tmp_path, monkeypatch):
-    torn, rmdir = tmp_path / ".file.bin.a1b2c3d4.unfinished", os.rmdir
+    torn, living = (tmp_path / f".file.bin.{name}.unfinished" for name in ("a1b2c3d4", "e5f6g7h8"))
     torn.mkdir()
+    living.mkdir()  # of a process that has no lock either
+    rmdir = os.rmdir
 
     def refuse(path, **_):
         if torn.name in str(path) or path == tmp_path / ".file.bin.lock":
@@ -174,6 +176,7 @@ def test_a_lock_and_a_half_written_file_of_another_user_keep_nobody_from_fetchin
     with monkeypatch.context() as patch:
         patch.setattr(download, "FileLock", refuse)
         assert download.fetch(server.url, tmp_path / "file.bin", is_body).read_bytes() == BODY
+    assert living.exists()
     (tmp_path / "file.bin").unlink()
     assert download.fetch(server.url, tmp_path / "file.bin", is_body).read_bytes() == BODY
-    assert torn.exists()
+    assert torn.exists() and not living.exists()

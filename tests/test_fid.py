@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import disback
 from imagenet64 import digits, features, fid, problem, sample, study
-from runtime import errors
+from runtime import errors, files
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 REFERENCE = np.load(ROOT / "tests" / "data" / "fid_reference.npz")
@@ -256,6 +256,15 @@ def test_a_reference_that_is_none_is_refused_by_name(inception, broken):
         assert "reference.npz holds no mean and covariance as the file of" in line
         assert ("negative eigenvalues" in line) == (broken["sigma"].min(initial=0) < 0)
     assert "reference.npz" in line and "min()" not in line
+
+
+def test_an_inception_that_may_not_be_read_is_told_with_its_flag(inception, monkeypatch):
+    def denied(file):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(files, "sha256", denied)
+    assert "if it is yours, or name another --inception" in refusal(
+        features.of_inception, *inception, "cpu")
 
 
 @pytest.mark.parametrize("how", ["gone", "no TorchScript", "not finite"])
