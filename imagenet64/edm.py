@@ -209,7 +209,7 @@ def check_filters(net: nn.Module, _) -> None:
     """Refuse weights that were trained with a filter that Resample does not compute."""
     for name, buffer in net.named_buffers():
         if not buffer.is_meta and not (buffer == 0.25).all():
-            raise RuntimeError(f"{name} is not 0.25 throughout: another resampling filter")
+            raise ValueError(f"{name} is not 0.25 throughout: another resampling filter")
 
 
 # ------------------------------------------------------------------------- noise levels, sampling

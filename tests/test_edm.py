@@ -62,6 +62,8 @@ def test_resampling_filters_are_quarters_and_no_parameters_and_others_are_refuse
     other = {"model.enc.8x8_down.skip.resample_filter": torch.full((1, 1, 2, 2), 0.2)}
     files.save_tensors(tmp_path / "net.safetensors", net.state_dict() | other)
     assert "resampling filter" in refusal(files.load_net, tmp_path / "net.safetensors", net)
+    with pytest.raises(ValueError, match="resampling filter"):  # as a node of a path is loaded
+        disback.load_strictly(net, net.state_dict() | other)
 
 
 @torch.no_grad()
