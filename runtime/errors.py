@@ -30,6 +30,17 @@ def blame(what: str) -> Iterator[None]:
         raise Refusal(in_words(error, what)) from error
 
 
+@contextlib.contextmanager
+def asking_for_room(folder: str) -> Iterator[None]:
+    """Where a writer into `folder` fails for want of room, say so: not every writer does."""
+    try:
+        yield
+    except Exception:
+        with open(pathlib.Path(folder, "room"), "wb") as handle:
+            handle.write(bytes(2**20))
+        raise
+
+
 def must(holds: bool, why: str) -> None:
     """Fail where a file says what cannot be. An `assert` would not, under `python -O`."""
     if not holds:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from disback import Refusal, load_strictly
-from runtime.errors import UNFINISHED, blame, cache, must_take_files
+from runtime.errors import UNFINISHED, asking_for_room, blame, cache, must_take_files
 from runtime.place import gathered
 from runtime.ranks import rank
 
@@ -33,16 +33,12 @@ def atomically(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None
     kept = "; what it held is kept" if file.exists() else ""
     with blame(f"cannot write {file}{kept}"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(UNFINISHED, f".{file.name}.", file.parent) as folder:
+        with tempfile.TemporaryDirectory(UNFINISHED, f".{file.name}.", file.parent) as folder, \
+                asking_for_room(folder):
             beside = pathlib.Path(folder, file.name)
-            try:
-                write(beside)
-                with open(beside, "rb+") as handle:
-                    os.fsync(handle.fileno())
-            except Exception:
-                with open(beside, "ab") as probe:  # not every writer says that there is no room
-                    probe.write(bytes(2**20))
-                raise
+            write(beside)
+            with open(beside, "rb+") as handle:
+                os.fsync(handle.fileno())
             os.chmod(beside, 0o666 & ~UMASK)  # some writers leave 0600
             os.replace(beside, file)
 

@@ -96,6 +96,13 @@ def is_at(handle: int, file: Path) -> bool:
     return file.exists() and os.path.samestat(os.fstat(handle), os.stat(file))
 
 
+def must_be_here(out: Path) -> None:
+    """Refuse to go on where `out`, locked last, was moved or removed: another may be there now."""
+    file = out / ".disback.lock"
+    if HELD and HELD[-1][0] == file and not is_at(HELD[-1][1], file):
+        raise Refusal(f"{out} was moved or removed: --resume goes on, with --out where it is now")
+
+
 def leave() -> None:
     """Let go of what this process holds. Where it wrote nothing, nothing stays: a lock's file is
     removed, by its holder alone, and then the folders that the lock made, if they are empty."""

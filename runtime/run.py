@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from disback import Refusal, load_strictly
 from runtime import files, place, ranks
-from runtime.folder import LOG, claim, what_matters
+from runtime.folder import LOG, claim, must_be_here, what_matters
 from runtime.interface import Problem
 from runtime.records import check_finite, cut_log, must_agree
 from runtime.signals import asked_to_stop, heeding_signals
@@ -69,6 +69,7 @@ class Run:
             for step in self.progress:
                 self.step = step
                 yield step
+                must_be_here(self.args.out)
                 name = asked_to_stop(signals)
                 if name or self.saves_at(step):
                     self.save()

@@ -190,7 +190,8 @@ def export(out: Path, folder: Path, rank: int, **about) -> None:
             else model.load_unet(config, model.read_unet(file), file))
     unet.register_to_config(_name_or_path="")  # no path of this machine goes to the hub
     with files.blame(f"cannot write {out}/student: backtrack.py --resume writes it again"), \
-            tempfile.TemporaryDirectory(files.UNFINISHED, ".student.", out) as folder_beside:
+            tempfile.TemporaryDirectory(files.UNFINISHED, ".student.", out) as folder_beside, \
+            files.asking_for_room(folder_beside):
         beside = Path(folder_beside)
         unet.save_pretrained(beside / "unet", max_shard_size="12GB")
         noise = {**LCMScheduler.load_config(folder, subfolder="scheduler"), "clip_sample": False}

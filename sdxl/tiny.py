@@ -38,7 +38,8 @@ def folder(cache: Path) -> Path:
         files.must_take_files(cache, "cache by DISBACK_CACHE", files.ROOM_OF_CACHE)
         cache.mkdir(parents=True, exist_ok=True)
         with files.blame(f"cannot write {made}"), tempfile.TemporaryDirectory(
-                files.UNFINISHED, f".{made.name}.", cache) as folder_beside:
+                files.UNFINISHED, f".{made.name}.", cache) as folder_beside, \
+                files.asking_for_room(folder_beside):
             beside = Path(folder_beside, made.name)
             pipeline().save_pretrained(beside)
             for file in beside.rglob("*.safetensors"):

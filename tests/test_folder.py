@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import resource
 import shutil
 import signal
 import stat
@@ -472,6 +473,33 @@ def test_a_prolonged_run_needs_room_for_one_more_checkpoint_beside_what_stays(
         backtrack.main([*map(str, more)])
 
 
+@pytest.mark.parametrize("stage", [degrade, backtrack])
+def test_a_run_whose_folder_was_moved_writes_no_more_there_and_goes_on_at_the_new_place(
+        refused, recorded, tmp_path, no_figures, monkeypatch, stage):
+    """Another run may have taken the old name."""
+    out, there, seen = tmp_path / "run", tmp_path / "there", []
+    flags = DEGRADE if stage is degrade else [*BACKTRACK, "--path", str(recorded / "path")]
+    argv = ["toy2d", *flags, "--save-every", "10", "--out"]
+    count = run.Run.count
+
+    def move(self, **numbers):
+        count(self, **numbers)
+        seen.append(self.step)
+        if self.step == 13:  # no log, snapshot or checkpoint is due
+            out.rename(there)
+            out.mkdir()
+            (out / ".disback.lock").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "count", move)
+        line = refused(stage.main, [*argv, str(out)])
+    assert f"{out} was moved or removed: --resume goes on" in line and seen[-1] == 13
+    assert [file.name for file in out.rglob("*")] == [".disback.lock"]
+    stage.main([*argv, str(there), "--resume"])
+    log = read((there / "path" if stage is degrade else there) / "log.jsonl")
+    assert [line["step"] for line in log if line["step"] % 10 == 0] == [10, 20]
+
+
 def test_a_full_disk_is_named_whatever_the_writer_says(monkeypatch, tmp_path):
     def fail(beside):
         raise RuntimeError("unexpected pos 15616 vs 15504")
@@ -484,6 +512,13 @@ def test_a_full_disk_is_named_whatever_the_writer_says(monkeypatch, tmp_path):
         assert "a.pt: No space left on device: make room" in refusal(
             files.atomically, tmp_path / "a.pt", fail)
     assert "unexpected pos" in refusal(files.atomically, tmp_path / "a.pt", fail)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # a small file has room, as often
+    try:
+        line = refusal(files.atomically, tmp_path / "a.pt", fail)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "a.pt: File too large: make room" in line
     assert not list(tmp_path.iterdir())
 
 

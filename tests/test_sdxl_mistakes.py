@@ -406,6 +406,23 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_keeps_what_was_there(
     assert files.load_json(tmp_path / "student" / "disback.json", "") == {"kept": True}
 
 
+def test_a_full_disk_is_named_where_torch_does_not_while_a_student_is_exported(
+        base, tmp_path, monkeypatch):
+    shutil.copy(base / UNET, tmp_path / "student.safetensors")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def fail(*_):
+        monkeypatch.setattr("builtins.open", full)  # only now: what is before has room
+        raise RuntimeError("unexpected pos 337856 vs 337744")
+
+    monkeypatch.setattr(torch, "save", fail)
+    line = refusal(generate.export, tmp_path, base, 0, base="", timestep=1, size=8)
+    assert f"{tmp_path}/student" in line and "No space left on device: make room" in line
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["student.safetensors"]
+
+
 def test_the_student_of_a_run_that_is_replaced_is_removed_and_what_is_beside_it_is_not(
         base, tmp_path):
     files.save_json(tmp_path / "config.json", {"backtrack": {"problem": "sdxl"}})
