@@ -22,7 +22,8 @@ def read_prompts(file: str | Path) -> list[str]:
     """The lines of a UTF-8 text file that are not blank, ended by line feeds alone; Refusal where
     there are none."""
     with files.blame(f"{file} cannot be read: name another --prompts, UTF-8 text, a prompt a line"):
-        lines = Path(file).expanduser().read_bytes().decode("utf-8-sig").split("\n")
+        read = Path(file).expanduser().read_bytes().decode()
+    lines = read.replace("\ufeff", "").split("\n")  # BOMs, also of files that were joined
     if any("\0" in line for line in lines):
         raise disback.Refusal(f"{file} is no text, or UTF-16: save it as UTF-8, a prompt a line")
     prompts = [line.strip() for line in lines if line.strip()]

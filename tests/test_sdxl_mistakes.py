@@ -196,11 +196,13 @@ def test_prompts_that_cannot_be_read_are_refused(tmp_path, content, cause):
 
 
 def test_line_feeds_alone_separate_prompts(tmp_path):
-    """Not the other ends of lines of Unicode, which copied texts have inside."""
+    """Not the other ends of lines of Unicode, which copied texts have inside; the marks at which
+    some editors begin a file are no text, also where files were joined."""
     inside = "".join(map(chr, [0x0B, 0x0C, 0x0D, 0x1C, 0x1D, 0x1E, 0x85, 0x2028, 0x2029]))
     odd = [f"a{end}b" for end in inside]
-    (tmp_path / "odd.txt").write_bytes("\ufeff{}\r\n \n".format("\r\n".join(odd)).encode())
-    assert text.read_prompts(tmp_path / "odd.txt") == odd
+    joined = "\ufeff{}\r\n \n\ufeff\n\ufeffa cat\n".format("\r\n".join(odd))
+    (tmp_path / "odd.txt").write_bytes(joined.encode())
+    assert text.read_prompts(tmp_path / "odd.txt") == [*odd, "a cat"]
 
 
 def test_prompts_over_77_tokens_are_counted_and_cut_as_diffusers_cuts_them(base, tmp_path, capsys):
