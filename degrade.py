@@ -104,10 +104,10 @@ def main(argv: list[str]) -> None:
         recorder.offer(degraded, step)
         run.count(loss=loss)
         if run.logs_at(step):
-            run.log("degrading", position=recorder.kept[-1][1])
+            run.log("degrading", seconds=run.seconds, position=recorder.kept[-1][1])
 
     if ranks.rank() == 0:
-        recorder.close(**problem.about, spacing=config.spacing, seconds=run.seconds,
+        recorder.close(**problem.about, spacing=config.spacing,
                        network_evals=results.evals_of_path(config, len(recorder.candidates)))
         (out / "state.pt").unlink(missing_ok=True)
         print(f"path: nodes 0 to {config.nodes} in {out}")

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 import disback
-from runtime import command, place, ranks
+from runtime import command, errors, place, ranks
 
 ROOT = Path(__file__).parent.parent
 PROBLEMS = sorted(file.parent.name for file in ROOT.glob("*/problem.py"))
@@ -167,9 +167,10 @@ def stop(out: Path, *argv: str, env: dict) -> str:
 
 
 def started(*argv: Any, env: dict | None = None) -> subprocess.Popen:
+    cache = {"DISBACK_CACHE": errors.cache()}  # ours, which may be relative to another folder
     STARTED.append(subprocess.Popen(
-        [sys.executable, *map(str, argv)], cwd=ROOT, env=os.environ | (env or {}), text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+        [sys.executable, *map(str, argv)], cwd=ROOT, env={**os.environ, **cache, **(env or {})},
+        text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
     return STARTED[-1]
 
 

@@ -62,10 +62,15 @@ def test_the_table_of_a_machine_that_is_sound(capsys, monkeypatch, no_figures, c
     assert all(row.endswith(" ok") for row in rows)
 
 
-def test_a_stage_that_fails_is_told_by_its_last_line_another_by_none_or_stopped(tmp_path):
-    """At its first checkpoint."""
+def test_a_stage_that_fails_is_told_by_its_last_line_another_by_none_or_stopped(
+        tmp_path, monkeypatch):
+    """At its first checkpoint. All use this process's cache."""
     assert check.stage("-c", "raise SystemExit('a\\nout of luck')") == "out of luck"
     assert check.stage("-c", "pass") == ""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DISBACK_CACHE", "mine")  # of this folder, and the stages run in another
+    asked = f"import runtime.errors as e; raise SystemExit(e.cache() != {str(tmp_path / 'mine')!r})"
+    assert check.stage("-c", asked) == ""
     code = "import sys, time; raise SystemExit('out of luck')"
     assert check.stop(tmp_path, "-c", code, env={}) == "out of luck"
     code = "import sys, time; open(sys.argv[2] + '/state.pt', 'w'); time.sleep(60)"

@@ -259,7 +259,7 @@ def test_a_resume_towards_another_target_is_refused_before_a_teacher_is_made(
     (walked, plain), walks = (shutil.copytree(pair / name, tmp_path / name)
                               for name in ("main", "vsd")), recorded / "path"
     other = shutil.copytree(walks, tmp_path / "other")
-    edit(other / "path.json", seconds=0.5)
+    edit(other / "path.json", network_evals=0)
     for out, flags, told in (
             (plain, [], "--target teacher, not path: use the same flags"),
             (plain, ["--path", walks], "--target teacher, not path: use the same flags"),

@@ -287,10 +287,12 @@ def test_settings_by_which_a_compared_run_differs_are_told_once(finished, capsys
         records.check_finished(finished, "toy2d", ring, tmp_path)
     assert capsys.readouterr().out == (
         "note: the compared run was made with --lr-fake 0.001, --ema 0.0, this one is not\n")
-    files.save_json(finished / "config.json", {"backtrack": about | {"target": "path"}})
+    files.save_json(finished / "config.json", {
+        "backtrack": about | {"target": "path", "data": ""}})
     monkeypatch.setattr(ranks, "rank", lambda: 0)
     records.check_finished(finished, "toy2d", ring, tmp_path)
-    assert "--interval 99, --switch adaptive" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--interval 99, --switch adaptive" in said and "--data none" in said
 
 
 @pytest.mark.parametrize("methods, called", [
