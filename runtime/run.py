@@ -98,9 +98,10 @@ class Run:
         self.sums, self.since, numbers = {}, self.step, means | numbers
         kept = f"; {self.state} is kept as it was" if self.state.exists() else ""
         check_finite(numbers, self.step, node, kept)
+        line = json.dumps({"step": self.step, "node": node, **numbers}) + "\n"
         if ranks.rank() == 0:
             with files.blame(f"cannot write {self.log_file}"), open(self.log_file, "a") as handle:
-                handle.write(json.dumps({"step": self.step, "node": node, **numbers}) + "\n")
+                handle.write(line)
         if self.progress is not None:
             self.progress.set_postfix(node=node, **{k: f"{v:.3g}" for k, v in means.items()})
         return numbers
