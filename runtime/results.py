@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from disback import Refusal
 from runtime import files, ranks
+from runtime.folder import must_be_here
 from runtime.interface import Config, Problem
 from runtime.records import check_number
 
@@ -57,6 +58,7 @@ def finish(out: Path, problem: Problem, student: nn.Module, path: Any, compare: 
         with files.lost(f"the student is in {out}; --resume, not --overwrite, draws its figures"):
             problem.draw(out, path, compare)
     except Refusal as error:
+        must_be_here(out)
         raise Refusal(f"{error}; the student is kept in {out}") from error
     if ranks.rank() == 0:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())

@@ -538,3 +538,11 @@ def test_where_figures_fail_the_student_is_said_to_be_kept(finished, refused, mo
     monkeypatch.setattr(figures, "draw", broken)
     assert f"a snapshot is broken; the student is kept in {out}" in (
         refused(backtrack.main, [*argv, "--resume"]))
+
+    def moved(*_):
+        out.rename(out.parent / "there")
+        raise disback.Refusal("a snapshot is broken")
+
+    monkeypatch.setattr(figures, "draw", moved)
+    assert refused(backtrack.main, [*argv, "--resume"]) == (
+        f"error: {out} was moved or removed: --resume goes on, with --out where it is now")
