@@ -68,7 +68,12 @@ def run(main: Callable[[list[str]], None], memory: str = "") -> None:
             end(2, str(error))
         if not isinstance(error, Refusal | OSError):
             raise
-        end(2, str(error) if isinstance(error, Refusal) else errors.in_words(error))
+        words = str(error) if isinstance(error, Refusal) else errors.in_words(error)
+        try:
+            folder.must_be_here()
+        except Refusal as moved:  # the cause of what fails on the files in there
+            words = str(moved)
+        end(2, words)
     finally:
         folder.leave()
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -96,11 +96,11 @@ def is_at(handle: int, file: Path) -> bool:
     return file.exists() and os.path.samestat(os.fstat(handle), os.stat(file))
 
 
-def must_be_here(out: Path) -> None:
-    """Refuse to go on where `out`, locked last, was moved or removed: another may be there now."""
-    file = out / ".disback.lock"
-    if HELD and HELD[-1][0] == file and not is_at(HELD[-1][1], file):
-        raise Refusal(f"{out} was moved or removed: --resume goes on, with --out where it is now")
+def must_be_here() -> None:
+    """Refuse to go on where the folder that was locked last is moved: another may be there now."""
+    if HELD and not is_at(HELD[-1][1], HELD[-1][0]):
+        raise Refusal(f"{HELD[-1][0].parent} was moved or removed, or its lock was: --resume goes "
+                      "on, with --out where it is now")
 
 
 def leave() -> None:

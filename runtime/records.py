@@ -127,7 +127,7 @@ def note_difference(run: Path, config: Config) -> None:
     idle = ("interval", "switch") if then.get("target") == "teacher" else ()  # without a path
     now = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
            if field.metadata["learns"] and field.metadata["stage"] != "degrade"}
-    differs = [f"{flag_of(name)} {'none' if then[name] in ('', None) else then[name]}"
+    differs = [f"{flag_of(name)} {'none' if then[name] == '' else then[name]}"
                for name, value in now.items()
                if then.get(name, value) != value and name not in idle]
     if differs and ranks.rank() == 0:

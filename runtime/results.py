@@ -49,6 +49,7 @@ def finish(out: Path, problem: Problem, student: nn.Module, path: Any, compare: 
     before = files.load_json(file, "remove it").get("peak_memory_bytes", 0) if file.exists() else 0
     check_number(file, "peak_memory_bytes", before)
     ranks.barrier()
+    must_be_here()
     files.save_json(file, {
         **problem.about, "steps": steps, **about, "peak_memory_bytes": max(before, peak_memory()),
         "network_evals": {"stage1": stage1, "stage2": stage2, "total": stage1 + stage2},
@@ -58,7 +59,6 @@ def finish(out: Path, problem: Problem, student: nn.Module, path: Any, compare: 
         with files.lost(f"the student is in {out}; --resume, not --overwrite, draws its figures"):
             problem.draw(out, path, compare)
     except Refusal as error:
-        must_be_here(out)
         raise Refusal(f"{error}; the student is kept in {out}") from error
     if ranks.rank() == 0:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())

@@ -69,7 +69,7 @@ class Run:
             for step in self.progress:
                 self.step = step
                 yield step
-                must_be_here(self.args.out)
+                must_be_here()
                 name = asked_to_stop(signals)
                 if name or self.saves_at(step):
                     self.save()

@@ -474,27 +474,30 @@ def test_a_prolonged_run_needs_room_for_one_more_checkpoint_beside_what_stays(
 
 
 @pytest.mark.parametrize("stage", [degrade, backtrack])
+@pytest.mark.parametrize("at", [10, 13])  # where a log, a checkpoint and a snapshot are due or none
 def test_a_run_whose_folder_was_moved_writes_no_more_there_and_goes_on_at_the_new_place(
-        refused, recorded, tmp_path, no_figures, monkeypatch, stage):
+        refused, recorded, tmp_path, no_figures, monkeypatch, stage, at):
     """Another run may have taken the old name."""
     out, there, seen = tmp_path / "run", tmp_path / "there", []
     flags = DEGRADE if stage is degrade else [*BACKTRACK, "--path", str(recorded / "path")]
-    argv = ["toy2d", *flags, "--save-every", "10", "--out"]
+    argv = ["toy2d", *flags, "--save-every", "5", "--out"]
     count = run.Run.count
 
     def move(self, **numbers):
         count(self, **numbers)
         seen.append(self.step)
-        if self.step == 13:  # no log, snapshot or checkpoint is due
+        if self.step == at:
             out.rename(there)
+        if self.step == 13:
             out.mkdir()
             (out / ".disback.lock").touch()
 
     with monkeypatch.context() as patch:
         patch.setattr(run.Run, "count", move)
         line = refused(stage.main, [*argv, str(out)])
-    assert f"{out} was moved or removed: --resume goes on" in line and seen[-1] == 13
-    assert [file.name for file in out.rglob("*")] == [".disback.lock"]
+    assert f"{out} was moved or removed, or its lock was: --resume goes on" in line
+    assert seen[-1] == at and [file.name for file in out.rglob("*")] == (
+        [".disback.lock"] if at == 13 else [])
     stage.main([*argv, str(there), "--resume"])
     log = read((there / "path" if stage is degrade else there) / "log.jsonl")
     assert [line["step"] for line in log if line["step"] % 10 == 0] == [10, 20]
@@ -544,5 +547,20 @@ def test_where_figures_fail_the_student_is_said_to_be_kept(finished, refused, mo
         raise disback.Refusal("a snapshot is broken")
 
     monkeypatch.setattr(figures, "draw", moved)
-    assert refused(backtrack.main, [*argv, "--resume"]) == (
-        f"error: {out} was moved or removed: --resume goes on, with --out where it is now")
+    line = refused(backtrack.main, [*argv, "--resume"])
+    assert line.startswith(f"error: {out} was moved or removed") and "kept in" not in line
+
+
+def test_metrics_are_not_written_into_the_folder_that_took_a_moved_runs_place(
+        finished, refused, monkeypatch):
+    out, argv = finished
+    save = files.save_tensors
+
+    def move(*args):
+        save(*args)
+        out.rename(out.parent / "there")
+        out.mkdir()
+
+    monkeypatch.setattr(files, "save_tensors", move)
+    assert "was moved or removed" in refused(backtrack.main, [*argv, "--resume"])
+    assert not list(out.iterdir())

@@ -408,7 +408,7 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_keeps_what_was_there(
     assert files.load_json(tmp_path / "student" / "disback.json", "") == {"kept": True}
 
 
-def test_a_full_disk_is_named_where_torch_does_not_while_a_student_is_exported(
+def test_a_full_disk_is_named_where_the_library_that_writes_does_not(
         base, tmp_path, monkeypatch):
     shutil.copy(base / UNET, tmp_path / "student.safetensors")
 
@@ -419,10 +419,17 @@ def test_a_full_disk_is_named_where_torch_does_not_while_a_student_is_exported(
         monkeypatch.setattr("builtins.open", full)  # only now: what is before has room
         raise RuntimeError("unexpected pos 337856 vs 337744")
 
-    monkeypatch.setattr(torch, "save", fail)
-    line = refusal(generate.export, tmp_path, base, 0, base="", timestep=1, size=8)
-    assert f"{tmp_path}/student" in line and "No space left on device: make room" in line
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["student.safetensors"]
+    for owner, name, made, call in (
+            (tiny.StableDiffusionXLPipeline, "save_pretrained", tiny.NAME,
+             lambda: tiny.folder(tmp_path)),
+            (torch, "save", "student",
+             lambda: generate.export(tmp_path, base, 0, base="", timestep=1, size=8))):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            line = refusal(call)
+        monkeypatch.undo()
+        assert f"{tmp_path}/{made}" in line and "No space left on device: make room" in line
+        assert sorted(f.name for f in tmp_path.iterdir()) == ["student.safetensors"]
 
 
 def test_the_student_of_a_run_that_is_replaced_is_removed_and_what_is_beside_it_is_not(
