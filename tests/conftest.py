@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # tiny networks: threads cost more than they give
 
 import disback  # noqa: E402
-from runtime import command  # noqa: E402
+from runtime import command, folder  # noqa: E402
 from runtime.study import words  # noqa: E402
 
 # A toy that both stages finish in a second; the flags of either stage.
@@ -34,6 +34,13 @@ def cache(tmp_path_factory):
         patch.setenv("DISBACK_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(metrics.Evaluation, "samples", 1000)
         yield
+
+
+@pytest.fixture(autouse=True)
+def locks():
+    """A stage holds its folder until its process ends: here, until its test does."""
+    yield
+    folder.leave()
 
 
 @pytest.fixture
