@@ -20,6 +20,7 @@ import runtime
 from imagenet64 import sample
 from runtime import command, files
 from sdxl import generate
+from toy2d import metrics
 
 
 @pytest.mark.parametrize("words, cause", [
@@ -182,6 +183,13 @@ def test_a_broken_snapshot_is_named_when_the_figures_are_drawn(tmp_path, broken)
         files.save_tensors(file, good)
     shutil.rmtree(tmp_path / "snapshots")
     assert "none left" in refusal(plots.read_snapshots, tmp_path)
+
+
+def test_an_evaluation_that_returns_no_number_is_not_blamed_on_the_log(monkeypatch, tmp_path):
+    """As that of somebody's own problem may; it is a defect, and no mistake of a user's."""
+    monkeypatch.setattr(metrics.Evaluation, "__call__", lambda *_: {"swd": torch.tensor(1.0)})
+    with pytest.raises(TypeError, match="Tensor is not JSON serializable"):
+        backtrack.main(["toy2d", *BACKTRACK, "--target", "teacher", "--out", str(tmp_path)])
 
 
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
